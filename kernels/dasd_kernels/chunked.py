@@ -1,13 +1,13 @@
-"""The losses and scores in plain torch, a chunk of tokens at a time: runs on any device and never holds [N, V].
+"""The losses and scores in plain torch, a chunk of tokens at a time: any device, never an [N, V] object.
 
 A chunk of C tokens takes one [C, V] buffer in fp32 (two under softcap), reused by every chunk: logits z, then in
-place E = exp(z - max). Rows are never normalised; 1/sum(E) is folded into a factor a row, on the [C, D] side of the
-two gradient products dX = diag(v) (E W) and dW += Eᵀ (diag(v) X). Costs 2NDV FLOPs for scores and 6NDV for a loss
-with its gradients; E is swept six times (max, subtract, exp, sum and the two products).
+place E = exp(z - max). Rows are never normalised; 1/sum(E) is folded into a factor a row, on the [C, D] side of
+the two gradient products dX = diag(v) (E W) and dW += Eᵀ (diag(v) X). Costs 2NDV FLOPs for scores and 6NDV for a
+loss with its gradients; E is swept six times (max, subtract, exp, sum and the two products).
 
 On a CPU, products of low-precision operands go through fp32 copies made a slab of the vocabulary at a time, since
-a bf16 matmul without AVX512-BF16 or AMX runs hundreds of times slower than fp32. On CUDA they are torch.mm with fp32
-output. `run` is the whole interface; callers pass valid tokens only.
+a bf16 matmul without AVX512-BF16 or AMX runs hundreds of times slower than fp32. On CUDA they are torch.mm with
+fp32 output. `run` is the whole interface; callers pass valid tokens only.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SLAB_BYTES = 16 << 20  # fp32 copy of a part of a low-precision head
-CACHE_BYTES = 8 << 20  # a chunk that fits the last-level cache is swept at its speed ...
+CACHE_BYTES = 16 << 20  # a chunk that fits the last-level cache is swept at its speed ...
 CACHE_ROWS = 256  # ... but fewer rows than this starve the matrix products
 
 
@@ -60,8 +60,8 @@ def run(
     entropy: bool = False,
     rank: bool = False,
 ) -> Result:
-    """Score every row; with `coefficient` [n] also the gradients of sum(coefficient * loss) that `needs` names
-    (hidden, weight, bias). `temperature` [n] replaces row.temperature."""
+    """Score every row; with `coefficient` [n] also those gradients of sum(coefficient * loss) that `needs`
+    names (hidden, weight, bias). `temperature` [n] replaces row.temperature."""
     n, vocab = len(hidden), len(weight)
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     empty = lambda *shape, dtype=acc: torch.empty(shape, dtype=dtype, device=hidden.device)  # noqa: E731
@@ -94,7 +94,7 @@ def run(
 
 
 def chunk_rows(n: int, vocab: int, row_bytes: int, workspace_bytes: int) -> int:
-    """Rows of a chunk: what the workspace allows, or less where the cache holds them; even over the chunks."""
+    """Rows of a chunk: what the workspace allows, or less where the cache holds them; of even size."""
     limit = max(1, workspace_bytes // (row_bytes * vocab))
     limit = min(limit, max(CACHE_ROWS, CACHE_BYTES // (row_bytes * vocab)))
     return max(1, -(-n // max(1, -(-n // limit))))

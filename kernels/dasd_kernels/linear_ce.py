@@ -4,12 +4,13 @@
     loss = linear_cross_entropy(hidden, model.lm_head.weight, labels)      # [N, D], [V, D], [N] -> scalar
     loss.backward()
 
-The gradients of "mean" and "sum" are computed with the loss (three products of 2NDV FLOPs) and scaled in backward;
-"none" computes them in backward (four products), when the upstream gradients are known. DASD_KERNELS=reference selects
-the plain definition, DASD_KERNELS=chunked plain torch by chunks.
+The gradients of "mean" and "sum" are computed with the loss (three products of 2NDV FLOPs) and scaled in
+backward; "none" computes them in backward (four products), when the upstream gradients are known.
+DASD_KERNELS=reference selects the plain definition, DASD_KERNELS=chunked plain torch by chunks.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ def linear_cross_entropy(
 
     hidden [N, D], weight [V, D], bias [V]: bf16, fp16 or fp32 (float64 too, for checks), any strides.
     labels [N] int64; rows labelled `ignore_index` cost nothing and give 0. token_weight [N], a constant.
-    temperature: positive, a float or [N]. reduction: "mean" (÷ the sum of the valid rows' token weights; 0 when
-    that is 0), "sum" or "none" ([N]). Returns fp32.
+    temperature: positive, a float or [N]. reduction: "mean" (÷ the sum of the valid rows' token weights; 0
+    when that is 0), "sum" or "none" ([N]). Returns fp32.
 
     Gradients reach hidden, weight and bias. The weight's is accumulated in fp32 and rounded once; with
     `grad_weight_out`, [V, D] fp32, backward adds it there instead and weight.grad is left alone.
@@ -77,9 +78,9 @@ def linear_cross_entropy(
     per_token = temperature if isinstance(temperature, Tensor) else None
     loss, *_ = linear_ce(
         hidden, weight, labels, bias, token_weight, per_token, grad_weight_out, ignore_index, reduction,
-        z_loss, label_smoothing, softcap or 0.0, 1.0 if isinstance(temperature, Tensor) else float(temperature),
+        z_loss, label_smoothing, softcap or 0.0, 1.0 if per_token is not None else float(temperature),
         DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes,
-        [grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad],
+        [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)],
     )  # fmt: skip
     return loss
 
@@ -99,22 +100,20 @@ def check_inputs(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if type(tensor).__name__ == "DTensor":
             raise ValueError(
-                f"{name} is a DTensor: pass {name}.full_tensor(), or call the loss while FSDP holds the head gathered"
+                f"{name} is a DTensor: pass {name}.full_tensor(), or call the loss while FSDP holds it gathered"
             )
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is [N, D] and weight [V, D] of the same D; got {list(hidden.shape)} and {list(weight.shape)}"
-        )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if weight.numel() == 0:
         raise ValueError(
             f"weight is empty, {list(weight.shape)}: gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)"
         )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"labels is int64 [N] with N = {hidden.shape[0]}; got {labels.dtype} {list(labels.shape)}"
+            f"hidden is [N, D] and weight [V, D] of one D; got {list(hidden.shape)} and {list(weight.shape)}"
         )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels is int64 [N] with N = {hidden.shape[0]}; got {labels.dtype} {list(labels.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is [V] with V = {weight.shape[0]}; got {list(bias.shape)}")
     for name, value in (("token_weight", token_weight), ("temperature", temperature)):
@@ -128,8 +127,8 @@ def check_inputs(
 
 
 def valid_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
-    """Indices of the rows to compute, or None for all of them. On CPU also checks the labels; elsewhere every row
-    is computed and ignored ones masked, since their number is not known without waiting for the device."""
+    """Indices of the rows to compute, or None for all of them. On CPU also checks the labels; elsewhere every
+    row is computed and ignored ones masked, since their number is not known without waiting for the device."""
     if labels.device.type != "cpu":
         return None
     valid = labels != ignore_index
@@ -137,7 +136,7 @@ def valid_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
     if bad.any():
         index = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"labels[{index}] = {int(labels[index])} is outside [0, {vocab}) and not ignore_index = {ignore_index}"
+            f"labels[{index}] = {int(labels[index])} is outside [0, {vocab}) and is not ignore_index = {ignore_index}"
         )
     return None if valid.all() else valid.nonzero()[:, 0]
 
@@ -178,7 +177,9 @@ def compute(
     assert x is not None
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden must be bf16, fp16, fp32 or fp64, not {x.dtype}")
-    r = chunked.run(x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank)
+    r = chunked.run(
+        x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank
+    )
     n = len(labels)
     if labels.device.type == "cpu":
         fields = [r.target, r.lse, r.mean, r.entropy]
@@ -197,7 +198,9 @@ def compute(
     )  # fmt: skip
 
 
-def row_weights(labels: Tensor, token_weight: Tensor | None, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
+def row_weights(
+    labels: Tensor, token_weight: Tensor | None, ignore_index: int, reduction: str, dtype: torch.dtype
+) -> Tensor:
     """What multiplies each row's loss before the sum: 0 where ignored."""
     weights = (labels != ignore_index).to(dtype)
     if token_weight is not None:
@@ -313,7 +316,7 @@ def add_scaled(total: Tensor, gradient: Tensor, scale: Tensor) -> None:
     total.addcmul_(gradient, scale)
 
 
-def setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     (hidden, weight, labels, bias, token_weight, temperature, total, ignore_index, reduction, z_loss,
      label_smoothing, softcap, temperature_all, workspace_bytes, needs) = inputs  # fmt: skip
     _, *gradients = output
@@ -329,13 +332,15 @@ def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*gradients)
 
 
-def backward(ctx, upstream, *_):
+def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx = dw = db = None
     if upstream is not None:
         if ctx.reduction == "none":
             hidden, weight, labels, bias, token_weight, temperature = ctx.saved_tensors
-            coefficient = row_weights(labels, token_weight, ctx.ignore_index, "none", upstream.dtype) * upstream
-            found = linear_ce_gradients(hidden, weight, labels, bias, coefficient, temperature, *ctx.row, ctx.needs)
+            weights = row_weights(labels, token_weight, ctx.ignore_index, "none", upstream.dtype)
+            found = linear_ce_gradients(
+                hidden, weight, labels, bias, weights * upstream, temperature, *ctx.row, ctx.needs
+            )
             scale = torch.ones((), dtype=upstream.dtype, device=upstream.device)
         else:
             found, scale = ctx.saved_tensors, upstream

@@ -1,8 +1,8 @@
-"""What the kernels compute, in a few plain torch lines each and in the precision of their inputs (float64 included).
+"""What the kernels compute, in a few plain torch lines each and in the precision of their inputs.
 
-These hold the full [N, V] logits: they are the definition that the kernels are tested against and a slow way out
-(`DASD_KERNELS=reference`), not something to train with. Every function is differentiable by autograd and takes the
-arguments of its public namesake; those that only concern the kernels' memory have no effect here.
+These hold the full [N, V] logits: they are the definition that the kernels are tested against (in float64) and a
+slow way out (`DASD_KERNELS=reference`), not something to train with. Every function is differentiable by autograd
+and takes the arguments of its public namesake, except those that concern the kernels' memory.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class TokenScores(NamedTuple):
 
 
 class RatioScores(NamedTuple):
-    """Teacher and student on the same tokens; log_ratio [N] is log p_teacher(label) - log p_student(label)."""
+    """Teacher and student on the same tokens; log_ratio [N] = log p_teacher(label) - log p_student(label)."""
 
     teacher: TokenScores
     student: TokenScores
@@ -32,13 +32,15 @@ class RatioScores(NamedTuple):
 class SegmentScores(NamedTuple):
     """Per segment, [S]. An empty segment has count 0, sum 0 and mean and geometric mean NaN."""
 
-    count: Tensor  # int64, tokens
+    count: Tensor  # type: ignore[assignment]  # int64, tokens
     sum: Tensor  # of the log-probabilities
     mean: Tensor
     geometric_mean: Tensor  # exp(mean): the segment's probability a token
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float | Tensor) -> Tensor:
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float | Tensor
+) -> Tensor:
     """softcap(hidden · weightᵀ + bias) ÷ temperature, [N, V]."""
     z = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     z = softcap * torch.tanh(z / softcap) if softcap else z
@@ -46,9 +48,9 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float |
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, token_weight: Tensor | None = None,
-    ignore_index: int = -100, reduction: str = "mean", z_loss: float = 0.0, label_smoothing: float = 0.0,
-    softcap: float | None = None, temperature: float | Tensor = 1.0,
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None,
+    token_weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", z_loss: float = 0.0,
+    label_smoothing: float = 0.0, softcap: float | None = None, temperature: float | Tensor = 1.0,
 ) -> Tensor:  # fmt: skip
     z = logits(hidden, weight, bias, softcap, temperature)
     valid = labels != ignore_index
@@ -65,7 +67,8 @@ def linear_cross_entropy(
 
 def token_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
-    softcap: float | None = None, temperature: float | Tensor = 1.0, entropy: bool = False, rank: bool = False,
+    softcap: float | None = None, temperature: float | Tensor = 1.0, entropy: bool = False,
+    rank: bool = False,
 ) -> TokenScores:  # fmt: skip
     z = logits(hidden, weight, bias, softcap, temperature)
     valid = labels != ignore_index
@@ -77,18 +80,17 @@ def token_logprobs(
 
 
 def log_ratio(
-    teacher_hidden: Tensor, teacher_weight: Tensor, student_hidden: Tensor, student_weight: Tensor, labels: Tensor, *,
-    teacher_bias: Tensor | None = None, student_bias: Tensor | None = None, ignore_index: int = -100,
-    teacher_softcap: float | None = None, student_softcap: float | None = None, temperature: float | Tensor = 1.0,
-    entropy: bool = False, rank: bool = False,
+    teacher_hidden: Tensor, teacher_weight: Tensor, student_hidden: Tensor, student_weight: Tensor,
+    labels: Tensor, *, teacher_bias: Tensor | None = None, student_bias: Tensor | None = None,
+    ignore_index: int = -100, teacher_softcap: float | None = None, student_softcap: float | None = None,
+    temperature: float | Tensor = 1.0, entropy: bool = False, rank: bool = False,
 ) -> RatioScores:  # fmt: skip
     size = min(len(teacher_weight), len(student_weight))  # padding rows of the larger head: probability zero
 
-
     def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> TokenScores:
         return token_logprobs(
-            hidden, weight[:size], labels, bias=None if bias is None else bias[:size], ignore_index=ignore_index,
-            softcap=softcap, temperature=temperature, entropy=entropy, rank=rank,
+            hidden, weight[:size], labels, bias=None if bias is None else bias[:size],
+            ignore_index=ignore_index, softcap=softcap, temperature=temperature, entropy=entropy, rank=rank,
         )  # fmt: skip
 
     teacher = score(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)

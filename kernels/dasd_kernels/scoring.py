@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dasd_kernels import reference
 from dasd_kernels.chunked import Row
-from dasd_kernels.linear_ce import DEFAULT_WORKSPACE, backend, check_inputs, compute
+from dasd_kernels.linear_ce import backend, check_inputs, compute
 from dasd_kernels.reference import RatioScores, TokenScores
+
+SCORE_WORKSPACE = 48 << 20
 
 
 def token_logprobs(
@@ -30,9 +32,9 @@ def token_logprobs(
     """Log-probability of each label, and the log-sum-exp of the logits, in fp32.
 
     Arguments as linear_cross_entropy's: hidden [N, D], weight [V, D], labels [N] int64, logits
-    softcap(hidden · weightᵀ + bias) ÷ temperature. Rows labelled `ignore_index` are skipped and hold 0 (rank: -1).
-    entropy: also the entropy of the distribution, in nats. rank: also how many entries lie strictly above the
-    label's, 0 for the most likely token. Errors as linear_cross_entropy's.
+    softcap(hidden · weightᵀ + bias) ÷ temperature. Rows labelled `ignore_index` are skipped and hold 0
+    (rank: -1). entropy: also the entropy of the distribution, in nats. rank: also how many entries lie strictly
+    above the label's, 0 for the most likely token. Errors as linear_cross_entropy's.
     """
     check_inputs(hidden, weight, labels, bias, None, temperature)
     with torch.no_grad():
@@ -41,9 +43,10 @@ def token_logprobs(
                 hidden, weight, labels, bias=bias, ignore_index=ignore_index, softcap=softcap,
                 temperature=temperature, entropy=entropy, rank=rank,
             )  # fmt: skip
+        per_token = temperature if isinstance(temperature, Tensor) else None
         target, lse, spread, above = token_scores(
-            hidden, weight, labels, bias, temperature if isinstance(temperature, Tensor) else None, ignore_index,
-            softcap or 0.0, 1.0 if isinstance(temperature, Tensor) else float(temperature), entropy, rank,
+            hidden, weight, labels, bias, per_token, ignore_index, softcap or 0.0,
+            1.0 if per_token is not None else float(temperature), entropy, rank,
         )  # fmt: skip
     return TokenScores(target - lse, lse, spread if entropy else None, above if rank else None)
 
@@ -66,17 +69,17 @@ def log_ratio(
 ) -> RatioScores:
     """Teacher's and student's log-probabilities of the same tokens and their difference, log p_T - log p_S.
 
-    teacher_hidden [N, Dt], teacher_weight [Vt, Dt], student_hidden [N, Ds], student_weight [Vs, Ds], labels [N]:
-    the widths may differ; token ids must mean the same in both. Where one head has more rows (padding to a round
-    size), the surplus rows have probability zero in both models, and a label among them is an error. The rest
-    as token_logprobs.
+    teacher_hidden [N, Dt], teacher_weight [Vt, Dt], student_hidden [N, Ds], student_weight [Vs, Ds], labels
+    [N]: the widths may differ; token ids must mean the same in both. Where one head has more rows (padding to
+    a round size), the surplus rows have probability zero, and a label among them is an error. The rest as
+    token_logprobs.
     """
     size = min(len(teacher_weight), len(student_weight))
 
     def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> TokenScores:
         return token_logprobs(
-            hidden, weight[:size], labels, bias=None if bias is None else bias[:size], ignore_index=ignore_index,
-            softcap=softcap, temperature=temperature, entropy=entropy, rank=rank,
+            hidden, weight[:size], labels, bias=None if bias is None else bias[:size],
+            ignore_index=ignore_index, softcap=softcap, temperature=temperature, entropy=entropy, rank=rank,
         )  # fmt: skip
 
     teacher = score(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
@@ -99,7 +102,16 @@ def token_scores(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = Row(softcap or None, temperature_all)
     r = compute(
-        hidden, weight, labels, bias, temperature, row, ignore_index, DEFAULT_WORKSPACE // 2, entropy=entropy, rank=rank
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        row,
+        ignore_index,
+        SCORE_WORKSPACE,
+        entropy=entropy,
+        rank=rank,
     )
     nothing, none = r.lse.new_empty(0), labels.new_empty(0)
     return r.target, r.lse, nothing if r.entropy is None else r.entropy, none if r.rank is None else r.rank

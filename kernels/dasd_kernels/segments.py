@@ -10,8 +10,8 @@ def segment_scores(logprob: Tensor, offsets: Tensor) -> SegmentScores:
     """Segment s holds tokens offsets[s] to offsets[s + 1] (CSR): their count, sum, mean and exp(mean).
 
     logprob [N] floating point; offsets [S+1] int32 or int64, from >= 0, never falling, to <= N. Sums run in
-    float64 in token order, so that a segment's bits depend on its own tokens only and repeat; the results are in
-    logprob's dtype (float32 at least). An empty segment has count 0, sum 0, mean and geometric mean NaN.
+    float64 in token order, so that a segment's bits depend on its own tokens only and repeat; the results are
+    in logprob's dtype (float32 at least). An empty segment has count 0, sum 0, mean and geometric mean NaN.
 
     Raises ValueError for wrong shapes and, on the CPU, for offsets that fall or leave [0, N].
     """
