@@ -71,9 +71,7 @@ class ShardWriter:
             raise ValueError(f"document {self.documents}: has no tokens")
         inside = not len(edges) or (edges[0] >= 0 and edges[-1] <= len(ids))
         if not inside or (np.diff(edges) < 0).any() or (rows[:, 0] == rows[:, 1]).any():
-            raise ValueError(
-                f"document {self.documents} of {len(ids)} tokens: spans {rows.tolist()} do not fit"
-            )
+            raise ValueError(f"document {self.documents} of {len(ids)} tokens: spans {rows.tolist()} do not fit")
         self.tokens += len(ids)
         self._files[TOKENS].write(ids.tobytes())
         self._files[OFFSETS].write(np.asarray([self.tokens], dtype="<i8").tobytes())
@@ -154,12 +152,8 @@ class Shards:
         for name, entry in manifest["files"].items():
             size = (path / name).stat().st_size if (path / name).is_file() else -1
             if size != entry["bytes"]:
-                raise _damaged(
-                    path / name, "is missing" if size < 0 else f"has {size} bytes, not {entry['bytes']}"
-                )
-        if verify or (
-            verify is None and sum(entry["bytes"] for entry in manifest["files"].values()) < VERIFY_BELOW
-        ):
+                raise _damaged(path / name, "is missing" if size < 0 else f"has {size} bytes, not {entry['bytes']}")
+        if verify or (verify is None and sum(entry["bytes"] for entry in manifest["files"].values()) < VERIFY_BELOW):
             for name, entry in manifest["files"].items():
                 if hash_file(path / name) != entry["sha256"]:
                     raise _damaged(path / name, "does not match its sha256 in manifest.json")
@@ -186,9 +180,7 @@ class Shards:
         if self._meta_ends is None:
             self._meta_ends = _line_ends(self.path / META)
             if len(self._meta_ends) != len(self):
-                raise _damaged(
-                    self.path / META, f"has {len(self._meta_ends)} lines for {len(self)} documents"
-                )
+                raise _damaged(self.path / META, f"has {len(self._meta_ends)} lines for {len(self)} documents")
         begin = int(self._meta_ends[index - 1]) if index else 0
         with open(self.path / META, "rb") as file:
             file.seek(begin)
@@ -201,9 +193,7 @@ class Shards:
         if (self.lengths < 1).any():
             raise _damaged(self.path / OFFSETS, f"is not increasing at document {_first(self.lengths < 1)}")
         if self.offsets[-1] != len(self.tokens) or len(self.tokens) != counts["tokens"]:
-            raise _damaged(
-                self.path / OFFSETS, f"ends at {self.offsets[-1]}, but there are {len(self.tokens)} tokens"
-            )
+            raise _damaged(self.path / OFFSETS, f"ends at {self.offsets[-1]}, but there are {len(self.tokens)} tokens")
 
     def _check_spans(self) -> None:
         doc, begin, end = self.loss_spans.T
@@ -212,15 +202,11 @@ class Shards:
         bad = (begin < 0) | (end <= begin) | (end > self.lengths[doc])
         if bad.any():
             row = _first(bad)
-            raise _damaged(
-                self.path / SPANS, f"row {row}: span {begin[row]}..{end[row]} leaves document {doc[row]}"
-            )
+            raise _damaged(self.path / SPANS, f"row {row}: span {begin[row]}..{end[row]} leaves document {doc[row]}")
         step = np.diff(doc)
         bad = (step < 0) | ((step == 0) & (begin[1:] < end[:-1]))
         if bad.any():
-            raise _damaged(
-                self.path / SPANS, f"row {_first(bad) + 1}: out of order or overlapping the row before"
-            )
+            raise _damaged(self.path / SPANS, f"row {_first(bad) + 1}: out of order or overlapping the row before")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

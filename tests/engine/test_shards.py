@@ -59,9 +59,7 @@ def test_a_set_without_any_span(tmp_path):
     assert shards.loss_spans.shape == (0, 3) and shards.valid_counts.tolist() == [0]
 
 
-@pytest.mark.parametrize(
-    "spans", [[(0, 5)], [(-1, 2)], [(2, 2)], [(3, 1)], [(2, 4), (0, 1)], [(0, 3), (2, 4)]]
-)
+@pytest.mark.parametrize("spans", [[(0, 5)], [(-1, 2)], [(2, 2)], [(3, 1)], [(2, 4), (0, 1)], [(0, 3), (2, 4)]])
 def test_spans_that_do_not_fit_are_refused(tmp_path, spans):
     with ShardWriter(tmp_path / "set") as writer, pytest.raises(ValueError, match="document 0 of 4 tokens"):
         writer.add([1, 2, 3, 4], spans, {})
@@ -159,9 +157,7 @@ def write_until_killed(path: Path, ready) -> None:
 
 def test_a_killed_write_never_looks_complete(tmp_path):
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=write_until_killed, args=(tmp_path / "set", theirs)
-    )
+    process = multiprocessing.get_context("spawn").Process(target=write_until_killed, args=(tmp_path / "set", theirs))
     process.start()
     ours.recv()
     with pytest.raises(InputError, match="another process is writing"):
