@@ -82,7 +82,7 @@ def run(
     buffer = empty(buffers, size, vocab)
     for begin in range(0, n, size):
         part = slice(begin, min(begin + size, n))
-        inverse = (1 / temperature[part]).to(acc) if temperature is not None else 1 / row.temperature
+        inverse = 1 / temperature[part].to(acc) if temperature is not None else 1 / row.temperature
         x, y = hidden[part], labels[part, None]
         z = buffer[0, : len(x)]
         multiply(x, weight, z, transpose=True)
