@@ -1,0 +1,297 @@
+"""Recipes: a TOML file and dotted overrides become one frozen `Recipe`.
+
+    recipe = load_recipe("recipes/quickstart.toml", ["train.lr=1e-3", "stage.0.epochs=2"])
+
+Keys of `[train]` are defaults for every `[[stage]]`, which may override any of them. A key nobody knows is an error
+that names the nearest one; so is a value of the wrong type. Relative paths are looked up beside the recipe file,
+except `out`, which is relative to the working directory.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dasd_engine.errors import InputError
+
+
+def _key(default: Any, doc: str) -> Any:
+    """A recipe key with its line of help."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    path: str = _key(
+        "", "Hugging Face directory of the student: config.json, tokenizer, and weights unless init is random"
+    )
+    init: Literal["pretrained", "random"] = _key("pretrained", "where the first weights come from")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Defaults are the configuration published with the method (arXiv 2601.09088), for a 4B student."""
+
+    context: int = _key(65536, "tokens of a pack; a longer document is refused")
+    packs_per_step: int = _key(64, "packs of one optimizer step, over all ranks")
+    epochs: int = _key(6, "passes over the stage's documents")
+    lr: float = _key(5e-5, "peak learning rate")
+    min_lr: float = _key(1e-5, "learning rate at the last step")
+    warmup: float = _key(0.1, "share of the steps with a rising learning rate")
+    betas: tuple[float, float] = _key((0.9, 0.95), "AdamW's decay of the two moments")
+    eps: float = _key(1e-8, "AdamW's epsilon")
+    weight_decay: float = _key(0.1, "AdamW's decay of matrices; norms and biases have none")
+    clip: float = _key(1.0, "largest norm of the gradient")
+    isolate: bool = _key(
+        True, "documents of a pack do not see each other (false replicates trainers without isolation)"
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the run uses the machine. Nothing here changes what is learned beyond rounding."""
+
+    compute: Literal["auto", "bf16", "fp32"] = _key(
+        "auto", "dtype of the forward and backward pass; auto: bf16 where the device multiplies it natively"
+    )
+    gather: Literal["step", "layer"] = _key(
+        "step", "parameters gathered once a step (fastest) or a layer at a time (least memory)"
+    )
+    replicas: int = _key(1, "HSDP: copies of the sharded model; ranks divide evenly among them")
+    activation_checkpointing: Literal["none", "selective", "full"] = _key(
+        "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
+    )
+    compile: bool = _key(False, "torch.compile each block")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    every: int = _key(100, "steps between checkpoints; one is also written at the end of a stage")
+    keep: int = _key(2, "complete checkpoints kept")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    problems: str = _key("", "JSONL of held-out problems with answers in `meta`; empty: no evaluation")
+    limit: int = _key(0, "problems used, 0 for all")
+    samples: int = _key(1, "responses a problem")
+    temperature: float = _key(0.0, "sampling temperature, 0 for greedy")
+    max_new_tokens: int = _key(1024, "longest response")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    data: str
+    train: TrainOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    path: Path
+    seed: int
+    out: Path
+    model: ModelOptions
+    run: RunOptions
+    checkpoint: CheckpointOptions
+    evaluate: EvaluateOptions
+    stages: tuple[Stage, ...]
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe, looked up beside the recipe file."""
+        return (self.path.parent / Path(path).expanduser()).resolve()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON. Paths become strings."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelOptions,
+    "train": TrainOptions,
+    "run": RunOptions,
+    "checkpoint": CheckpointOptions,
+    "evaluate": EvaluateOptions,
+}
+_TOP = ("seed", "out", "stage", *_SECTIONS)
+
+
+def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.subkey=value` overrides (TOML values; a bare word is a string).
+
+    Raises:
+        InputError: naming the file, the key and the nearest known key, or the type expected.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; the packaged one runs with no argument at all") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(table, override)
+    _known(table, _TOP, str(path), "")
+    train = table.get("train", {})
+    _build(TrainOptions, train, str(path), "train")  # its errors name [train], not the stages that inherit from it
+    stages = table.get("stage", [])
+    if not isinstance(stages, list) or not stages:
+        raise InputError(f"{path}: no [[stage]]; a recipe needs at least one, with `name` and `data`")
+    sections: dict[str, Any] = {
+        name: _build(cls, table.get(name, {}), str(path), name) for name, cls in _SECTIONS.items() if name != "train"
+    }
+    recipe = Recipe(
+        path=path.resolve(),
+        seed=_typed(table.get("seed", 0), int, f"{path}: seed"),
+        out=Path(_typed(table.get("out", f"runs/{path.stem}"), str, f"{path}: out")).expanduser(),
+        stages=tuple(_stage(train, stage, str(path), i) for i, stage in enumerate(stages)),
+        **sections,
+    )
+    _check(recipe)
+    return recipe
+
+
+def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
+    where = f"stage.{index}"
+    own = {key: value for key, value in stage.items() if key not in ("name", "data")}
+    options = [f.name for f in dataclasses.fields(TrainOptions)]
+    _known(own, [*options, "name", "data"], path, where)
+    if "data" not in stage:
+        raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
+    return Stage(
+        name=_typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
+        data=_typed(stage["data"], str, f"{path}: {where}.data"),
+        train=_build(TrainOptions, {**train, **own}, path, where),
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    """What types cannot say."""
+    if not recipe.model.path:
+        raise InputError(f"{recipe.path}: model.path is missing; name the student's Hugging Face directory")
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) < len(names):
+        raise InputError(f"{recipe.path}: two stages are called {max(names, key=names.count)!r}; names must differ")
+    for i, stage in enumerate(recipe.stages):
+        o = stage.train
+        for key, good in {
+            "context": o.context >= 2,
+            "packs_per_step": o.packs_per_step >= 1,
+            "epochs": o.epochs >= 1,
+            "lr": o.lr > 0,
+            "min_lr": 0 <= o.min_lr <= o.lr,
+            "warmup": 0 <= o.warmup <= 1,
+            "clip": o.clip > 0,
+        }.items():
+            if not good:
+                raise InputError(f"{recipe.path}: stage.{i}.{key} = {getattr(o, key)} is out of range")
+    if recipe.checkpoint.every < 1 or recipe.checkpoint.keep < 1:
+        raise InputError(f"{recipe.path}: checkpoint.every and checkpoint.keep must be at least 1")
+
+
+def _apply(table: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override {override!r}: write key.subkey=value, for example train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node: Any = table
+    for part in parents:
+        node = _step(node, part, override)
+    if isinstance(node, list) or not isinstance(node, dict):
+        raise InputError(f"override {override!r}: {'.'.join(parents)} has no keys; stages are stage.0, stage.1, …")
+    node[last] = value
+
+
+def _step(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise InputError(f"override {override!r}: {part!r} is not one of the {len(node)} stages, counted from 0")
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise InputError(f"override {override!r}: {part!r} lies below a value")
+    return node.setdefault(part, {})
+
+
+def _known(table: Any, names: typing.Sequence[str], path: str, where: str) -> None:
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: {where} must be a table of keys, not {type(table).__name__}")
+    for key in table:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}{hint}")
+
+
+def _build(cls: type, table: Any, path: str, where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    _known(table, list(hints), path, where)
+    return cls(**{key: _typed(value, hints[key], f"{path}: {where}.{key}") for key, value in table.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`, or an error. An int is a float too; a bool is nothing but a bool."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{where} = {value!r}: must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(args):
+            raise InputError(f"{where} = {value!r}: must be a list of {len(args)} values")
+        return tuple(_typed(item, kind, where) for item, kind in zip(value, args, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise InputError(f"{where} = {value!r}: must be {_name(hint)}, not {_name(type(value))}")
+    return value
+
+
+def _name(kind: type) -> str:
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        dict: "a table",
+    }
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def describe() -> str:
+    """Every recipe key with its default and meaning, for --help."""
+    lines = [
+        "seed = 0                  order of documents and random weights",
+        'out = "runs/<recipe>"      directory of the run',
+    ]
+    for section, cls in _SECTIONS.items():
+        lines.append(f"[{section}]" + ("  (each key may be set in a [[stage]] too)" if section == "train" else ""))
+        for f in dataclasses.fields(cls):
+            hint = typing.get_type_hints(cls)[f.name]
+            choices = f" ({' | '.join(typing.get_args(hint))})" if typing.get_origin(hint) is Literal else ""
+            default = json.dumps(f.default)
+            lines.append(f"  {f.name + ' = ' + default:<34} {f.metadata['doc']}{choices}")
+    lines += [
+        "[[stage]]  one or more, in order; each starts from the weights of the one before",
+        "  name, data                         data: JSONL/Parquet files or a directory made by dasd_engine.prepare",
+    ]
+    return "\n".join(lines)
+
+
+def packaged(name: str) -> Path:
+    """The path of a recipe that ships with the engine, from an installed wheel or a source tree."""
+    here = Path(__file__).resolve().parent
+    for root in (here / "recipes", here.parent / "recipes"):
+        if (root / name).exists():
+            return root / name
+    raise InputError(f"recipe {name} is not beside the package ({here}); install the engine again")
+
+
+__all__ = ["Recipe", "Stage", "TrainOptions", "describe", "load_recipe", "packaged"]
