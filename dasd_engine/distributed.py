@@ -1,0 +1,124 @@
+"""Ranks, meshes and FSDP2: all that the training loop needs of parallelism, applied to the model from outside.
+
+One process without torchrun is a world of one, so that there is a single code path.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dasd_engine.config import RunOptions
+from dasd_engine.errors import InputError
+from dasd_engine.model import Decoder
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    host_group: dist.ProcessGroup  # gloo: checkpoints, barriers and small host-side sums, beside the training traffic
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum over ranks of a few host numbers, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+
+@contextlib.contextmanager
+def start(options: RunOptions) -> Iterator[World]:
+    """Join the process group that torchrun describes, or make a world of one; leave it at the end."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size % options.replicas:
+        raise InputError(f"run.replicas = {options.replicas} does not divide the {size} ranks")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if size > 1:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shape, names = (size,), ("shard",)
+        if options.replicas > 1:
+            shape, names = (options.replicas, size // options.replicas), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        # Other ranks wait here while the first one evaluates or writes, so the default half hour is too short.
+        host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
+        yield World(rank, size, device, mesh, host_group)
+    finally:
+        dist.destroy_process_group()
+
+
+def compute_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward. A CPU without bf16 instructions multiplies bf16 100 times slower than fp32."""
+    if options.compute != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[options.compute]
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.dtype) -> Decoder:
+    """Checkpoint, compile and shard `model`, block by block; embedding, last norm and head form the root's group.
+
+    Gradients are summed over ranks, never averaged: the loss already carries the step's share of each token.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    keep = options.gather == "step"
+    for layer in model.layers:
+        if options.activation_checkpointing != "none":
+            _checkpoint_activations(layer, options.activation_checkpointing)
+        if options.compile:
+            layer.compile()
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keep)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
+    """Gradients cross ranks, and parameters gathered for the step are freed, at the step's last micro-step only."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(is_last)
+    model.set_is_last_backward(is_last)
+    if options.gather == "step":
+        model.set_reshard_after_backward(is_last)
+
+
+def _checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
+    """Recompute `layer` in the backward pass; "selective" keeps the results of matrix products and attention."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    kept = {aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default}
+
+    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    forward = layer.forward
+    extra = {} if mode == "full" else {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}
+    recomputed = functools.partial(checkpoint, forward, use_reentrant=False, **extra)
+    layer.forward = recomputed  # type: ignore[method-assign]
