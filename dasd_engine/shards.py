@@ -59,6 +59,7 @@ class ShardWriter:
         fcntl.flock(self._files[TOKENS].file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._files[OFFSETS].write(np.zeros(1, dtype="<i8").tobytes())
         self.documents = self.tokens = self.trained_tokens = self.spans = 0
+        self.max_token_id = -1
 
     def add(
         self, tokens: Sequence[int] | npt.NDArray[Any], spans: Sequence[tuple[int, int]], meta: dict[str, Any]
@@ -78,6 +79,7 @@ class ShardWriter:
         self._files[SPANS].write(np.insert(rows, 0, self.documents, axis=1).astype("<i4").tobytes())
         self._files[META].write((json.dumps(meta) + "\n").encode())
         self.documents += 1
+        self.max_token_id = max(self.max_token_id, int(ids.max()))
         self.spans += len(rows)
         self.trained_tokens += int((rows[:, 1] - np.maximum(rows[:, 0], 1)).sum())
 
@@ -90,6 +92,7 @@ class ShardWriter:
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "loss_spans": self.spans,
+            "max_token_id": self.max_token_id,  # a model with a smaller vocabulary cannot train on this
         }
         files = {name: file.finish() for name, file in self._files.items()}
         extra = {key: value for key, value in manifest.items() if key != "counts"}
