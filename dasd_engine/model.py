@@ -29,7 +29,6 @@ class PackContext:
     cos_T1R: Tensor  # fp32 [T, 1, head_dim // 2]
     sin_T1R: Tensor
     documents: Documents
-    backend: str
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +64,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, pack: PackContext) -> Tensor:
         q_THK, k_TGK, v_TGK = self.qkv(x_TD, pack.cos_T1R, pack.sin_T1R)
-        out_THK = document_attention(q_THK, k_TGK, v_TGK, pack.documents, backend=pack.backend)
+        out_THK = document_attention(q_THK, k_TGK, v_TGK, pack.documents)
         return self.o_proj(out_THK.flatten(-2))
 
 
@@ -128,8 +127,9 @@ class Decoder(nn.Module):
         may be empty, so that its length can stay fixed); `max_seqlen` at least the longest document.
         """
         cos_T1R, sin_T1R = self.rotary(positions_T)
-        pack = PackContext(cos_T1R, sin_T1R, documents(cu_seqlens, max_seqlen), self.attention_backend)
         x_TD = self.embed_tokens(tokens_T)
+        docs = documents(cu_seqlens, max_seqlen, x_TD, self.attention_backend)
+        pack = PackContext(cos_T1R, sin_T1R, docs)
         for layer in self.layers:
             x_TD = layer(x_TD, pack)
         return self.norm(x_TD)
