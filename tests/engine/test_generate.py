@@ -1,0 +1,189 @@
+"""generate: a cache that changes nothing, and sampling that depends on seed, request and step alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dasd_engine import Decoder, ModelConfig, init_weights, save_model
+from dasd_engine.errors import InputError
+from dasd_engine.generate import generate, uniforms
+
+QWEN3 = ModelConfig(
+    model_type="qwen3", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN2 = replace(QWEN3, model_type="qwen2", tie_word_embeddings=False, num_key_value_heads=4)
+LLAMA = replace(QWEN3, model_type="llama", num_key_value_heads=1)
+
+
+def make_model(config: ModelConfig = QWEN3, peak: float = 25.0) -> Decoder:
+    """A random decoder whose blocks outweigh the embedding and whose distributions are far from uniform, so that
+    a wrong cache changes tokens."""
+    model = Decoder(config)
+    init_weights(model, 0)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight.mul_(40)
+            layer.mlp.down_proj.weight.mul_(40)
+        model.norm.weight.mul_(peak)
+    return model
+
+
+def make_prompts(lengths: list[int], vocabulary: int = 97) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def uncached_logprobs(model: Decoder, ids: list[int]) -> torch.Tensor:
+    """log p(next token) at every position of one document, by a plain forward."""
+    n = len(ids)
+    hidden = model(torch.tensor(ids), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), n)
+    return model.logits(hidden).float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("config", [QWEN3, QWEN2, LLAMA], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_equals_an_uncached_forward(config, temperature):
+    """Every logprob is that of a forward over the whole text; greedy tokens are its argmax. 11 requests go through
+    4 rows, beyond one cache block, so rows are reused and the cache grows."""
+    model = make_model(config)
+    prompts = make_prompts([5, 1, 17, 9, 70, 2, 30, 8, 3, 12, 64])
+    out = generate(
+        model, prompts, max_new_tokens=70, temperature=temperature, stop_ids=range(0, 97, 8), seed=4, batch_size=4
+    )
+    assert len({len(g.tokens) for g in out}) > 3  # they ended at different steps
+    for prompt, g in zip(prompts, out, strict=True):
+        logprobs = uncached_logprobs(model, prompt + g.tokens)[len(prompt) - 1 : -1]
+        tokens = torch.tensor(g.tokens)
+        torch.testing.assert_close(
+            torch.tensor(g.logprobs), logprobs[torch.arange(len(tokens)), tokens], rtol=1e-4, atol=1e-4
+        )
+        if temperature == 0:
+            assert tokens.tolist() == logprobs.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("config", [QWEN3, QWEN2, LLAMA], ids=lambda config: config.model_type)
+def test_greedy_equals_transformers(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(config)
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompts = make_prompts([4, 11, 23])
+    ours = generate(model, prompts, max_new_tokens=20, temperature=0.0)
+    for prompt, g in zip(prompts, ours, strict=True):
+        ids = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert g.tokens == ids[0, len(prompt) :].tolist()
+
+
+def test_a_request_does_not_depend_on_its_neighbours():
+    """Same seed: the whole set in one batch, in twos, and the first few alone give the same tokens."""
+    model = make_model()
+    prompts = make_prompts([6, 3, 9, 4, 12, 7, 5])
+    options = {"max_new_tokens": 25, "temperature": 1.0, "top_p": 0.95, "stop_ids": {3, 4}, "seed": 11}
+    together = generate(model, prompts, **options)
+    for other in (
+        generate(model, prompts, batch_size=2, **options),
+        generate(model, prompts, batch_size=1, **options),
+        generate(model, prompts[:3], **options),
+    ):
+        for a, b in zip(together, other, strict=False):
+            assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert [g.tokens for g in generate(model, prompts, **{**options, "seed": 12})] != [g.tokens for g in together]
+
+
+def test_samples_of_one_prompt_differ():
+    out = generate(make_model(), make_prompts([6]) * 8, max_new_tokens=12, temperature=1.0)
+    assert len({tuple(g.tokens) for g in out}) == 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_first_tokens_follow_the_distribution(temperature):
+    """2,000 draws of one prompt's first token: every frequency within 4.5 standard errors of its probability."""
+    model = make_model(peak=12.0)
+    prompt = make_prompts([6])[0]
+    draws = generate(model, [prompt] * 2000, max_new_tokens=1, temperature=temperature, seed=3, batch_size=2000)
+    expected = (uncached_logprobs(model, prompt)[-1] / temperature).softmax(-1)
+    seen = torch.bincount(torch.tensor([g.tokens[0] for g in draws]), minlength=97) / 2000
+    error = (expected * (1 - expected) / 2000).sqrt()
+    assert ((seen - expected).abs() <= 4.5 * error + 1 / 2000).all()
+    assert expected.max() < 0.9  # the test means something
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest_only():
+    model = make_model(peak=12.0)
+    prompt = make_prompts([6])[0]
+    probability, order = uncached_logprobs(model, prompt)[-1].softmax(-1).sort(descending=True)
+
+    def drawn(**options) -> dict[int, float]:
+        out = generate(model, [prompt] * 800, max_new_tokens=1, temperature=1.0, batch_size=800, **options)
+        return {g.tokens[0]: g.logprobs[0] for g in out}
+
+    five = drawn(top_k=5)
+    assert set(five) == set(order[:5].tolist())
+    for token, logprob in five.items():  # raw, not renormalised over the five
+        assert logprob == pytest.approx(math.log(probability[order == token].item()), abs=1e-4)
+    needed = int((probability.cumsum(0) < 0.5).sum()) + 1  # the smallest set that reaches one half
+    assert needed > 1
+    assert set(drawn(top_p=0.5)) == set(order[:needed].tolist())
+    assert set(drawn(top_p=1e-6)) == {order[0].item()}
+    assert set(drawn(top_k=2, top_p=0.999999)) == set(order[:2].tolist())
+
+
+def test_stop_ids_and_finish_reasons():
+    model = make_model()
+    prompts = make_prompts([4, 9])
+    free = generate(model, prompts, max_new_tokens=12, temperature=0.0)
+    assert [g.finish_reason for g in free] == ["length"] * 2
+    assert [len(g.tokens) for g in free] == [12] * 2
+    stop = free[0].tokens[5]
+    stopped = generate(model, prompts, max_new_tokens=12, temperature=0.0, stop_ids={stop})
+    cut = free[0].tokens.index(stop) + 1
+    assert stopped[0].tokens == free[0].tokens[:cut]  # the stop token is kept, as the last one
+    assert stopped[0].finish_reason == "stop"
+    assert len(stopped[0].logprobs) == cut
+
+
+def test_on_finish_reports_every_request_once():
+    seen = []
+    out = generate(
+        make_model(), make_prompts([4, 9, 2]), max_new_tokens=5, batch_size=2, stop_ids={1},
+        on_finish=lambda index, generation: seen.append((index, generation)),
+    )  # fmt: skip
+    assert sorted(index for index, _ in seen) == [0, 1, 2]
+    assert all(out[index] is generation for index, generation in seen)
+
+
+def test_no_prompts():
+    assert generate(make_model(), [], max_new_tokens=5) == []
+
+
+def test_uniforms_are_uniform_and_differ_by_every_counter():
+    u = uniforms(5, list(range(1000)) * 20, [step for step in range(20) for _ in range(1000)])
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+    assert len(set(u.tolist())) == 20000
+    assert uniforms(5, [3], [7])[0] == u[7 * 1000 + 3]
+    assert len({uniforms(s, [r], [t])[0] for s, r, t in [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0)]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, r"prompts\[1\] is empty"),
+        ([[1, 97]], {}, r"prompts\[0\] holds a token outside .* 97"),
+        ([[1]], {"temperature": -1.0}, "temperature = -1.0"),
+        ([[1]], {"top_p": 0.0}, "top_p = 0.0"),
+        ([[1]], {"top_k": -2}, "top_k = -2"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ],
+)
+def test_bad_options_are_named(prompts, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(make_model(), prompts, **{"max_new_tokens": 4, **options})
