@@ -40,7 +40,10 @@ _PROBE = "PROBERESPONSE"  # stands for a response while the template's end of tu
 
 
 class Chat:
-    """A model's tokeniser and chat template. Attributes: tokenizer, end_of_turn (text), stop_ids."""
+    """A model's tokeniser and chat template.
+
+    Attributes: tokenizer; template and special_tokens as read; end_of_turn, the text that closes a response; stop_ids.
+    """
 
     tokenizer: tokenizers.Tokenizer
     stop_ids: set[int]  # token ids that end a response
@@ -61,8 +64,9 @@ class Chat:
         self.tokenizer = tokenizer
         self._encode = TextEncoder(tokenizer)
         self._name = name
-        self._special_tokens = special_tokens or {}
-        self._template = _compile(template, name, now or datetime.now())
+        self.template = template
+        self.special_tokens = special_tokens or {}
+        self._compiled = _compile(template, name, now or datetime.now())
         self.end_of_turn = self._find_end_of_turn()
         # The template may put spaces in front of the token, as Llama 2's does.
         self._end_space = self.end_of_turn[: -len(self.end_of_turn.lstrip())]
@@ -94,12 +98,12 @@ class Chat:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The template's text for exactly these messages (no default system prompt is added here)."""
         try:
-            return self._template.render(
+            return self._compiled.render(
                 messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **self.special_tokens,
             )
         except Exception as error:  # a template can raise anything
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -199,7 +203,7 @@ class Chat:
             begin, length = min(ends)
             if not after[:begin].strip():
                 return after[: begin - length]
-        eos = self._special_tokens.get("eos_token")
+        eos = self.special_tokens.get("eos_token")
         if eos is None or self.tokenizer.token_to_id(eos) is None:
             raise InputError(
                 f"{self._name}: writes no special token after a response, and tokenizer_config.json names no "

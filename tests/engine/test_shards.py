@@ -33,7 +33,7 @@ def test_round_trip(tmp_path):
     assert shards.manifest == manifest
     assert shards.manifest["parameters"] == {"context": 8}
     assert shards.manifest["counts"] == {
-        "rows": 4, "documents": 3, "tokens": 11, "trained_tokens": 6, "loss_spans": 4
+        "rows": 4, "documents": 3, "tokens": 11, "trained_tokens": 6, "loss_spans": 4, "max_token_id": 4_000_000_000,
     }  # fmt: skip
     assert shards.tokens.dtype == np.uint32 and shards.offsets.dtype == np.int64
     for index, (tokens, spans, meta) in enumerate(DOCUMENTS):

@@ -9,16 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from dasd_engine.tokens import TextEncoder, cuts_at_spaces
+from dasd_engine.tokens import TextEncoder, inner_cuts
 
 SPLITS = ["qwen", "llama3", "gpt2", "smollm"]
-PARTS = [*"  \n\n\r\t.,'sSx12(é\u0301\u200d\u3000\u00a0\u1f7e의👩<|>", "<|im_end|>", "the ", "  ", "\n\n"]
+PARTS = [
+    *"  \n\n\r\t.,'sSx12(é\u0301\u200d\u3000\u00a0\u1f7e의👩<|>",
+    "<|im_end|>",
+    "<im2>",
+    "{x_12}",
+    "a+b",
+    "It's",
+    "²",
+    "the ",
+    "  ",
+    "\n\n",
+]
 TEXT = st.text(max_size=80) | st.lists(st.sampled_from(PARTS), max_size=60).map("".join)
 
 
 @pytest.fixture(scope="module")
 def encoders():
-    return {split: TextEncoder(tokenizers.Tokenizer.from_str(byte_level(split))) for split in SPLITS}
+    made = {split: tokenizers.Tokenizer.from_str(byte_level(split)) for split in SPLITS}
+    for tokenizer in made.values():
+        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.add_tokens(["<im2>"])
+    return {split: TextEncoder(tokenizer) for split, tokenizer in made.items()}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -26,14 +41,14 @@ def encoders():
 @given(text=TEXT)
 def test_pieces_give_the_ids_of_the_whole(split, text, encoders):
     encoder = encoders[split]
-    assert cuts_at_spaces(encoder.tokenizer)
+    assert inner_cuts(encoder.tokenizer)
     assert encoder(text).tolist() == encoder.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.skipif(not QWEN3_TOKENIZER.exists(), reason="the Qwen3 tokeniser is not on this machine")
 def test_the_real_qwen3_tokeniser_on_our_own_source():
     encoder = TextEncoder(tokenizers.Tokenizer.from_file(str(QWEN3_TOKENIZER / "tokenizer.json")))
-    assert cuts_at_spaces(encoder.tokenizer)
+    assert inner_cuts(encoder.tokenizer)
     text = Path(__file__).read_text(encoding="utf-8") + "<|im_start|>user\n <think> x </think>  \n\n 의 é́ "
     for _ in range(2):  # the second time from the cache
         assert encoder(text).tolist() == encoder.tokenizer.encode(text, add_special_tokens=False).ids
@@ -66,7 +81,7 @@ def change(**parts):
     ],
 )
 def test_other_tokenisers_get_the_whole_text(tokenizer):
-    assert not cuts_at_spaces(tokenizer)
+    assert not inner_cuts(tokenizer)
     text = "a b  c 12 ﬁ x"
     assert TextEncoder(tokenizer)(text).tolist() == tokenizer.encode(text).ids
 
@@ -75,7 +90,7 @@ def test_other_tokenisers_get_the_whole_text(tokenizer):
 def test_added_tokens_that_reach_over_a_space(options):
     tokenizer = change()
     tokenizer.add_special_tokens([AddedToken("<end>", **options)])
-    assert not cuts_at_spaces(tokenizer)
+    assert not inner_cuts(tokenizer)
     spaced = change()
     spaced.add_special_tokens(["<the end>"])
-    assert not cuts_at_spaces(spaced)
+    assert not inner_cuts(spaced)
