@@ -79,10 +79,11 @@ def machine_of(report: dict[str, Any]) -> str:
 
 
 def human(value: float, unit: str) -> str:
-    """1234.5, "B" -> "1.23 kB"; also below one: 0.0123, "s" -> "12.3 ms"."""
+    """1234.5, "B" -> "1.23 kB"; 0.0123, "s" -> "12.3 ms"; 2.5e7, "tokens/s" -> "25 M tokens/s"."""
+    space = " " if len(unit) > 2 else ""
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u")):
         if abs(value) >= scale:
-            return f"{value / scale:.3g} {prefix}{unit}"
+            return f"{value / scale:.3g} {prefix}{space if prefix else ''}{unit}"
     return f"{value:.3g} {unit}"
 
 

@@ -64,23 +64,28 @@ struct Bin {
   double cost = 0.0;
 };
 
+struct Placed {
+  int32_t bin, doc;
+};
+
 struct Placement {
-  std::vector<int32_t> doc, bin;  // [n] in the order of placing
+  std::vector<Placed> order;  // [n] in the order of placing
   std::vector<Bin> bins;
 };
 
 Placement place(const PlanRequest& request) {
   const auto n = static_cast<size_t>(request.n);
   std::vector<Item> items(n);
+  int64_t tokens = 0;
   for (size_t doc = 0; doc < n; ++doc) {
+    tokens += request.lengths[doc];
     items[doc] = {static_cast<uint32_t>(request.capacity - request.lengths[doc]), static_cast<int32_t>(doc)};
   }
   Rng(request.seed, request.epoch, kDocuments).shuffle(std::span(items));
 
   Placement placed;
-  placed.doc.resize(n);
-  placed.bin.resize(n);
-  size_t at = 0;
+  placed.order.reserve(n);
+  placed.bins.reserve(static_cast<size_t>(tokens / request.capacity + tokens / request.capacity / 64 + 64));
   OpenBins open(request.capacity);
   const size_t window = static_cast<size_t>(std::min(request.window, request.n));
   RoomSorter sort(request.capacity, window);
@@ -92,8 +97,7 @@ Placement place(const PlanRequest& request) {
       if (found < 0) placed.bins.emplace_back();
       const int64_t remaining = (found < 0 ? request.capacity : found) - length;
       if (remaining > 0) open.push(remaining, bin);
-      placed.doc[at] = item.doc;
-      placed.bin[at++] = bin;
+      placed.order.push_back({bin, item.doc});
       const auto l = static_cast<double>(length);
       ++placed.bins[bin].docs;
       placed.bins[bin].tokens += length;
@@ -124,8 +128,8 @@ void write_packs(const PlanRequest& request, const Placement& placed, Plan& plan
   }
   plan.pack_offsets[packs] = offset;
 
-  plan.docs.resize(placed.doc.size());
-  for (size_t i = 0; i < placed.doc.size(); ++i) plan.docs[cursor[placed.bin[i]]++] = placed.doc[i];
+  plan.docs.resize(placed.order.size());
+  for (const auto [bin, doc] : placed.order) plan.docs[cursor[bin]++] = doc;
 }
 
 // Longest processing time first inside each step: the dearest pack goes to the rank with the least to do.

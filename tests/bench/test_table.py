@@ -40,6 +40,7 @@ def test_rows_come_from_extra_info():
 
 def test_units():
     assert [human(value, "s") for value in (0, 2.5e-5, 0.0123, 4, 1500)] == ["0 s", "25 us", "12.3 ms", "4 s", "1.5 ks"]
+    assert human(2.5e7, "tokens/s") == "25 M tokens/s" and human(25, "tokens/s") == "25 tokens/s"
 
 
 def test_an_unknown_suite_is_refused():
