@@ -38,14 +38,14 @@ class Rope:
 
     def inv_freq(self, head_dim: int) -> Tensor:
         """Radians a token, fp32 [head_dim // 2], on the CPU."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        inv_freq = 1.0 / self.rope_theta**exponent
+        wavelength = self.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        inv_freq = 1.0 / wavelength  # radians a token, of tokens a radian
         if self.rope_type == "linear":
             return inv_freq / self.factor
         if self.rope_type == "llama3":
             return self._llama3(inv_freq)
         if self.rope_type == "yarn":
-            return self._yarn(inv_freq, head_dim)
+            return self._yarn(wavelength, head_dim)
         return inv_freq
 
     def _llama3(self, inv_freq: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Rope:
         kept = kept.clamp(0, 1)
         return kept * inv_freq + (1 - kept) * inv_freq / self.factor
 
-    def _yarn(self, inv_freq: Tensor, head_dim: int) -> Tensor:
+    def _yarn(self, wavelength: Tensor, head_dim: int) -> Tensor:
         """Dimensions that turn over `beta_fast` times in the original context are kept, under `beta_slow` stretched."""
 
         def dimension_of(turns: float) -> float:
@@ -70,7 +70,7 @@ class Rope:
             high += 0.001  # a step instead of a division by zero
         index = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
         kept = 1 - ((index - low) / (high - low)).clamp(0, 1)
-        return inv_freq / self.factor * (1 - kept) + inv_freq * kept
+        return 1.0 / (self.factor * wavelength) * (1 - kept) + 1.0 / wavelength * kept
 
     def amplitude(self) -> float:
         """What cos and sin are multiplied by: yarn's attention factor, 1 for the others."""
