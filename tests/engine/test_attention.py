@@ -92,8 +92,8 @@ def test_all_backends_give_the_same(backend: str, heads: tuple[int, int]) -> Non
 
 
 def test_varlen_attn_takes_the_call_that_is_made() -> None:
-    """On any machine: the installed signature, the operator's fake kernels forward and backward, and causality, of which
-    the installed version speaks by one of two arguments."""
+    """On any machine: the installed signature, the operator's fake kernels forward and backward, and causality, which
+    torch's versions spell in two ways."""
     assert _VARLEN_OPTIONS.get("window_size", (-1, 0)) == (-1, 0) and _VARLEN_OPTIONS.get("is_causal", True) is True
     assert "window_size" in _VARLEN_OPTIONS or "is_causal" in _VARLEN_OPTIONS
     q, k, v = (x.requires_grad_() for x in inputs(12, 4, 2, 16, dtype=torch.bfloat16, device="meta"))

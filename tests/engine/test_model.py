@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tiny_models import LLAMA3, YARN, assert_close, make_theirs, pack
 from torch import Tensor
 
 from dasd_engine import Decoder, load_model, read_config
 from dasd_engine.hf import init_weights
-
-from tiny_models import LLAMA3, YARN, assert_close, make_theirs, pack
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
