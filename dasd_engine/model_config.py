@@ -196,6 +196,8 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> str:
         del known["mlp_bias"]
     if config.model_type == "qwen2":
         del known["attention_bias"]
+        if config.head_dim * config.num_attention_heads == config.hidden_size:
+            del known["head_dim"]  # transformers' Qwen2 has no such field and computes the same
     rope = _rope_json(config.rope)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     values = {
@@ -213,12 +215,12 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> str:
 
 
 def _rope_json(rope: Rope) -> dict[str, Any]:
-    used = {
+    required = {
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
-        + ("mscale", "mscale_all_dim", "truncate"),
+        "yarn": ("factor", "original_max_position_embeddings"),
     }[rope.rope_type]
-    values = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *used)}
-    return {name: value for name, value in values.items() if value is not None}
+    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+    chosen = [name for name in optional if getattr(rope, name) != getattr(Rope, name)]
+    return {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *required, *chosen)}
