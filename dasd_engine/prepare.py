@@ -246,7 +246,7 @@ def _summary(out: Path, manifest: dict[str, Any]) -> str:
     ]
     if counts["dropped"]["too_long"]:
         limit = manifest["parameters"]["context"]
-        lines.append(f"  dropped {counts['dropped']['too_long']:,} documents longer than {limit:,} tokens")
+        lines.append(f"  dropped, being longer than {limit:,} tokens: {counts['dropped']['too_long']:,} documents")
     if counts["bad_rows"]:
         lines.append(f"  left out {counts['bad_rows']:,} bad rows, listed in {out / BAD}")
     if counts["split_rows"]:
@@ -319,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--system", default=DEFAULT_SYSTEM, help='system prompt of rows that have none, "" for none ("%(default)s")'
     )
     parser.add_argument("--skip-bad", action="store_true", help="list bad rows in bad.jsonl instead of stopping")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core; none for small inputs)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes, of some 200 MB each (one a core; none for small inputs)"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = vars(parser.parse_args(arguments))
     prepare(options.pop("sources"), options.pop("model"), options.pop("out"), **options)

@@ -13,6 +13,7 @@ The writer fills `.<name>.partial` beside the target and renames it at the end, 
 nothing that looks complete. The reader maps the files into memory.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -116,7 +117,8 @@ class ShardWriter:
     def abort(self) -> None:
         """Throw away what was written."""
         for file in self._files.values():
-            file.file.close()
+            with contextlib.suppress(OSError):  # a full disk has no room for what is still buffered either
+                file.file.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> "ShardWriter":

@@ -35,8 +35,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAPES = '"messages", "input" and "output", or "prompt" and "completion"'
 KEPT = ("uuid", "domain", "meta")  # what a row's meta entry takes over
 
-BATCH_BYTES = 1 << 20  # of raw lines
-PARQUET_ROWS = 32  # a batch
+BATCH_BYTES = 1 << 20  # of raw rows
 LONGEST_LINE = 64 << 20  # bytes; a longer one is not JSON Lines, and would not fit in memory for long
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^:]+))?(:(?P<glob>.+))?")
@@ -213,13 +212,16 @@ def _parquet_batches(source: Source, raw: BinaryIO) -> Iterator[Batch]:
         raise InputError(f"{source.name}: reading Parquet needs pyarrow: pip install pyarrow") from None
     number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
+        # Without a buffer size it reads a column of a row group at once, which may be the whole file.
+        file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
         known = {"messages", "tools", "input", "output", "prompt", "completion", *KEPT}
         columns = [name for name in file.schema_arrow.names if name in known]
         if not set(columns) - set(KEPT):
             raise InputError(f"{source.name}: has the columns {_names(file.schema_arrow.names)}; expected {SHAPES}")
         total = max(file.metadata.num_rows, 1)
-        for table in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
+        unpacked = sum(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
+        at_once = max(1, min(1024, BATCH_BYTES * total // max(unpacked, 1)))
+        for table in file.iter_batches(at_once, columns=columns, use_threads=False):
             rows = [(number + index, row) for index, row in enumerate(table.to_pylist(), start=1)]
             number += len(rows)
             yield Batch(source.name, rows, source.size * number // total)

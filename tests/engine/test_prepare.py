@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -226,6 +227,18 @@ def test_a_worker_that_dies_is_reported(model, tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
+def test_a_full_disk(model, tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", rows(2000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a write behind this fails, as on a full disk
+    try:
+        with pytest.raises(InputError, match="out: cannot be written: .*File too large"):
+            prepare([source], model, tmp_path / "out", quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
 def command(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     line = [sys.executable, "-m", "dasd_engine.prepare", *map(str, arguments)]
@@ -240,7 +253,7 @@ def test_the_command(model, tmp_path):
     assert f"A sample, {source}:1; trained tokens are" in out
     assert "<|im_start|>assistant\n⟦<think>\nAdd 0 to it.\n</think>\n\nIt's 0.<|im_end|>⟧" in out
     assert re.search(r"out: \d+ documents of 20 rows, [\d,]+ tokens, \d\d\.\d% of them trained", out)
-    assert re.search(r"dropped \d+ documents longer than 60 tokens", out)
+    assert re.search(r"dropped, being longer than 60 tokens: \d+ documents", out)
     assert "\x1b" not in out and err == ""
     process = command(source, "--model", model, "--out", tmp_path / "out")
     out, err = process.communicate()
