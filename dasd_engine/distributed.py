@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,8 @@ def start(options: RunOptions) -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        shape, names = (size,), ("shard",)
+        shape: tuple[int, ...] = (size,)
+        names: tuple[str, ...] = ("shard",)
         if options.replicas > 1:
             shape, names = (options.replicas, size // options.replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -119,6 +121,8 @@ def _checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     forward = layer.forward
-    extra = {} if mode == "full" else {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}
+    extra: dict[str, Any] = {}
+    if mode == "selective":
+        extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     recomputed = functools.partial(checkpoint, forward, use_reentrant=False, **extra)
-    layer.forward = recomputed  # type: ignore[method-assign]
+    layer.forward = recomputed

@@ -56,13 +56,10 @@ class StagePlan:
         return mine + [None] * (count - len(mine))
 
     def batch(self, epoch: int, pack: int | None, device: torch.device) -> PackedBatch:
-        """Assemble one pack on `device`. None: the shortest document with nothing to learn, to keep ranks in step."""
+        """Assemble one pack on `device`; None gives one of padding only, which keeps a rank in step with the others."""
         o, s = self.stage.train, self.shards
-        idle = np.array([np.argmin(s.lengths)], dtype=np.int64)
-        documents = self.epochs[epoch].documents(pack) if pack is not None else idle
+        documents = self.epochs[epoch].documents(pack) if pack is not None else np.empty(0, dtype=np.int64)
         batch = assemble_pack(s.tokens, s.offsets, s.loss_spans, documents, o.context, device=device)
-        if pack is None:
-            batch = replace(batch, labels=torch.full_like(batch.labels, -100), num_valid=0)
         if not o.isolate:
             length = len(batch.tokens)
             whole = torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device)

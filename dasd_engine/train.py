@@ -1,0 +1,261 @@
+"""Train a student on its teacher's responses: recipe -> model -> plan -> steps -> exported Hugging Face directory.
+
+    python -m dasd_engine.train                                        the packaged quickstart, a few minutes on a CPU
+    python -m dasd_engine.train recipe.toml train.lr=1e-4 out=runs/a   a recipe with overrides
+    torchrun --nproc-per-node 8 -m dasd_engine.train recipe.toml       the same over FSDP2
+
+Run the same command again to go on from the newest checkpoint, at any number of ranks.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dasd_engine import distributed, metrics
+from dasd_engine.checkpoint import Checkpointer, Progress
+from dasd_engine.config import Recipe, describe, load_recipe, packaged
+from dasd_engine.distributed import World
+from dasd_engine.errors import InputError, run_cli
+from dasd_engine.hf import init_weights, load_weights, read_config, save_model
+from dasd_engine.model import Decoder
+from dasd_engine.optim import learning_rate, make_optimizer, set_learning_rate
+from dasd_engine.plan import StagePlan, plan_stage
+from dasd_engine.run import (
+    Stop,
+    clear,
+    evaluate_student,
+    identity,
+    lock,
+    open_data,
+    print_plan,
+    print_summary,
+    write_run_files,
+)
+from dasd_kernels import linear_cross_entropy
+
+NON_FINITE_LIMIT = 5  # such steps in a row end the run
+
+
+def train(recipe: Recipe, world: World, *, dry_run: bool = False, overwrite: bool = False) -> Path | None:
+    """Run every stage of `recipe`; returns the directory of the exported student, or None after a dry run.
+
+    Raises:
+        InputError: bad input, or `NON_FINITE_LIMIT` non-finite steps in a row.
+        SystemExit: stopped by a signal, after saving.
+    """
+    out, display = recipe.out, metrics.Display(world.is_main)
+    with lock(out, world), Stop() as stop:
+        if overwrite and not dry_run and world.is_main:
+            clear(out)
+        world.barrier()
+        config = read_config(recipe.resolve(recipe.model.path))
+        data = open_data(recipe, world, display)
+        plans = [plan_stage(recipe, s, d, config, world.size) for s, d in zip(recipe.stages, data, strict=True)]
+        print_plan(recipe, config, plans, world, display)
+        if dry_run:
+            return None
+        return Run(recipe, world, plans, display, stop).go()
+
+
+class Run:
+    """One training run: its model, where it stands, and how it gets from there to the end."""
+
+    def __init__(
+        self, recipe: Recipe, world: World, plans: list[StagePlan], display: metrics.Display, stop: Stop
+    ) -> None:
+        self.recipe, self.world, self.plans, self.display, self.stop = recipe, world, plans, display, stop
+        self.source = recipe.resolve(recipe.model.path)
+        self.config = read_config(self.source)
+        self.dtype = distributed.compute_dtype(recipe.run, world.device)
+        self.peak = metrics.peak_flops(world.device, self.dtype) * world.size
+        self.stopping = False
+        self.bad_packs: list[list[int]] = []  # documents of the latest non-finite steps in a row
+
+        with torch.device("meta"):
+            model = Decoder(self.config)
+        self.model = distributed.parallelize(model, world, recipe.run, self.dtype)
+        self.model.to_empty(device=world.device)
+        self.checkpoints = Checkpointer(
+            recipe.out / "checkpoints",
+            world,
+            keep=recipe.checkpoint.keep,
+            identity=identity(recipe, self.config, plans),
+        )
+        found = self.checkpoints.latest()
+        self.progress = found[1] if found else Progress()
+        self.optimizer = make_optimizer(self.model, plans[self.progress.stage].stage.train)
+        if found:
+            self.checkpoints.load(found[0], self.model, self.optimizer, self.progress)
+            display.say(f"going on from {found[0]} (step {self.progress.total_step})")
+        elif recipe.model.init == "random":
+            init_weights(self.model, recipe.seed)
+        else:
+            load_weights(self.model, self.source)
+
+    def go(self) -> Path:
+        write_run_files(self.recipe, self.world)
+        if self.progress.total_step == 0:
+            evaluate_student(self.recipe, None, "before", self.world, self.display)
+        self.log = (
+            metrics.MetricsLog(self.recipe.out, resume_after=self.progress.total_step) if self.world.is_main else None
+        )
+        export = self.recipe.out / "export"
+        while self.progress.stage < len(self.plans):
+            plan = self.plans[self.progress.stage]
+            self.run_stage(plan)
+            self.save(final=True)
+            if self.stopping:
+                self.display.say(
+                    f"stopped after step {self.progress.total_step}; run the same command again to go on from there"
+                )
+                sys.exit(128 + self.stop.signal)
+            directory = export / plan.stage.name
+            if self.world.sum([float(self.world.is_main and not directory.exists())])[0]:
+                save_model(self.model, directory, dtype=self.dtype, source=self.source)
+            self.next_stage()
+        if self.log:
+            self.log.close()
+        last = export / self.plans[-1].stage.name
+        evaluate_student(self.recipe, last, "after", self.world, self.display)
+        print_summary(self.recipe, last, self.progress, self.display)
+        return last
+
+    def run_stage(self, plan: StagePlan) -> None:
+        """The steps of one stage that are not yet done, or those up to a signal."""
+        p = self.progress
+        self.model.train()
+        with self.display.stage(plan.stage.name, plan.steps, p.stage_step):
+            while p.epoch < len(plan.epochs):
+                while p.step < plan.epochs[p.epoch].num_steps:
+                    self.step(plan)
+                    if self.stopping:
+                        return
+                    if p.total_step % self.recipe.checkpoint.every == 0 and p.stage_step < plan.steps:
+                        self.save()
+                p.epoch, p.step = p.epoch + 1, 0
+
+    def next_stage(self) -> None:
+        """Go on from these weights with a fresh optimizer and schedule."""
+        p = self.progress
+        p.stage, p.epoch, p.step, p.stage_step, p.updates = p.stage + 1, 0, 0, 0, 0
+        if p.stage < len(self.plans):
+            self.optimizer = make_optimizer(self.model, self.plans[p.stage].stage.train)
+
+    def step(self, plan: StagePlan) -> None:
+        """One optimizer step: loss = sum over its trained tokens ÷ their number, over all packs and ranks."""
+        p, o, start = self.progress, plan.stage.train, time.perf_counter()
+        trained = plan.trained_tokens(p.epoch, p.step)
+        loss, waited = self.accumulate(plan, trained)
+        norm = torch.nn.utils.get_total_norm([q.grad for q in self.model.parameters() if q.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        total, stops = self.world.sum([loss.item(), float(self.stop.requested)])
+        self.stopping = stops > 0
+        grad_norm, rate = norm.item(), learning_rate(p.stage_step, plan.steps, o)
+
+        finite = torch.isfinite(torch.tensor([total, grad_norm])).all().item()
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), o.clip, norm)
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
+            p.updates += 1
+            self.bad_packs.clear()
+        else:
+            p.skipped += 1
+            self.bad_packs.append(plan.documents(p.epoch, p.step).tolist())
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - start
+        self.report(plan, total, grad_norm, rate, trained, seconds, waited)
+        p.step, p.stage_step, p.total_step = p.step + 1, p.stage_step + 1, p.total_step + 1
+        if len(self.bad_packs) >= NON_FINITE_LIMIT:
+            self.give_up(plan)
+
+    def accumulate(self, plan: StagePlan, trained: int) -> tuple[torch.Tensor, float]:
+        """Forward and backward over this rank's packs of the step: its share of the loss, seconds waited for data."""
+        p, gather = self.progress, self.recipe.run.gather
+        loss, waited = torch.zeros((), device=self.world.device), 0.0
+        packs = plan.micro_steps(p.epoch, p.step, self.world.rank, equal=gather == "layer")
+        for i, pack in enumerate(packs):
+            start = time.perf_counter()
+            batch = plan.batch(p.epoch, pack, self.world.device)
+            waited += time.perf_counter() - start
+            distributed.last_micro_step(self.model, i == len(packs) - 1, self.recipe.run)
+            hidden = self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+            share = linear_cross_entropy(hidden, self.model.head_weight, batch.labels, reduction="sum") / trained
+            share.backward()
+            loss += share.detach()
+        return loss, waited
+
+    def report(
+        self, plan: StagePlan, loss: float, norm: float, rate: float, trained: int, seconds: float, waited: float
+    ) -> None:
+        p, packs = self.progress, plan.epochs[self.progress.epoch]
+        documents = plan.documents(p.epoch, p.step)
+        tokens = int(plan.shards.lengths[documents].sum())
+        count = int(packs.step_offsets[p.step + 1] - packs.step_offsets[p.step])
+        p.tokens, p.seconds = p.tokens + tokens, p.seconds + seconds
+        if self.log is None:
+            return
+        row = {
+            "step": p.total_step + 1, "stage": plan.stage.name, "epoch": p.epoch, "stage_step": p.stage_step + 1,
+            "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens, "trained_tokens": trained,
+            "tokens_per_s": tokens / seconds, "trained_tokens_per_s": trained / seconds,
+            "mfu": float(plan.flops[documents].sum()) / seconds / self.peak,
+            "fill": tokens / (count * packs.capacity), "balance": packs.balance(p.step),
+            "memory_bytes": metrics.peak_memory(self.world.device), "wait_s": waited, "step_s": seconds,
+            "skipped": p.skipped,
+        }  # fmt: skip
+        self.log.write(row)
+        self.display.step(row, plan.steps)
+
+    def save(self, *, final: bool = False) -> None:
+        """Write a checkpoint in the background; `final` waits for it, and then a failure to write ends the run."""
+        try:
+            self.checkpoints.save(self.model, self.optimizer, self.progress)
+            if final:
+                self.checkpoints.wait()
+        except InputError as error:
+            if final:
+                raise
+            self.display.say(f"warning: {error}; training goes on")
+
+    def give_up(self, plan: StagePlan) -> None:
+        path = self.recipe.out / "nonfinite.json"
+        if self.world.is_main:
+            path.write_text(
+                json.dumps({"stage": plan.stage.name, "step": self.progress.total_step, "documents": self.bad_packs})
+            )
+        raise InputError(
+            f"loss or gradient was not finite in {NON_FINITE_LIMIT} steps in a row up to step "
+            f"{self.progress.total_step} of stage {plan.stage.name}; their document ids are in {path}: "
+            "look at that data, or lower `lr`"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dasd_engine.train", description=__doc__, epilog="recipe keys:\n" + describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", nargs="?", help="a TOML recipe; default: the packaged quickstart")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as train.lr=1e-4"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="prepare the data, print the plan, train nothing")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete an earlier run in `out` instead of going on with it"
+    )
+    args = parser.parse_intermixed_args()
+    if args.recipe and "=" in args.recipe and not Path(args.recipe).exists():
+        args.recipe, args.overrides = None, [args.recipe, *args.overrides]
+    recipe = load_recipe(args.recipe or packaged("quickstart.toml"), args.overrides)
+    with distributed.start(recipe.run) as world:
+        train(recipe, world, dry_run=args.dry_run, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    run_cli(main)
