@@ -10,8 +10,6 @@ R rotary frequencies (K/2), V vocabulary.
     loss = linear_cross_entropy(hidden_TD, model.head_weight, labels_T)
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,14 +19,12 @@ from dasd_engine.model_config import ModelConfig
 from dasd_engine.rope import rotary_table, rotate
 
 
-@dataclass(frozen=True)
 class PackContext:
-    """What every block needs to know of the pack: made once a forward. It is no pytree, so that FSDP's mixed
-    precision, which casts floating-point arguments to bf16, leaves the rotary table in fp32."""
+    """What every block needs to know of the pack, made once a forward. A plain class: FSDP's mixed precision casts
+    floating-point tensors to bf16 inside arguments of every other kind, and the rotary table must stay fp32."""
 
-    cos_T1R: Tensor  # fp32 [T, 1, head_dim // 2]
-    sin_T1R: Tensor
-    documents: Documents
+    def __init__(self, cos_T1R: Tensor, sin_T1R: Tensor, documents: Documents):
+        self.cos_T1R, self.sin_T1R, self.documents = cos_T1R, sin_T1R, documents
 
 
 class RMSNorm(nn.Module):

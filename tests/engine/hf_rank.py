@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tiny_models import pack
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dasd_engine import Decoder, hf, read_config
 
@@ -63,6 +63,20 @@ def rows_read(model: Decoder, path: Path) -> dict[str, int]:
     return counts
 
 
+def dtypes_in_mixed_precision(path: Path) -> list[torch.dtype]:
+    """Of the activations and of the rotary table that attention sees in a bf16 forward over fp32 shards."""
+    model = Decoder(read_config(path))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    seen: list[torch.dtype] = []
+    attention = model.layers[1].get_submodule("self_attn")
+    attention.register_forward_pre_hook(lambda _, args: seen.extend((args[0].dtype, args[1].cos_T1R.dtype)))
+    model(*pack([9, 14]))
+    return seen
+
+
 def visit(rank: int, world: int, directory: Path) -> None:
     source = directory / "source"
     model = sharded(source, (world,), ("shard",))
@@ -85,6 +99,7 @@ def visit(rank: int, world: int, directory: Path) -> None:
 
     hf.init_weights(model, 7)
     result["initialised"] = whole(model)
+    result["dtypes"] = dtypes_in_mixed_precision(source)
     replicated = sharded(source, (1, world), ("replicate", "shard"))
     hf.load_weights(replicated, source)
     result["loaded with replicas"] = whole(replicated)

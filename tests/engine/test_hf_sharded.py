@@ -92,6 +92,11 @@ def test_loss_and_gradients_through_the_head_of_a_sharded_root(ranks: Ranks) -> 
             assert_close(result["gradients"][name], parameter.grad, 1e-5)
 
 
+def test_mixed_precision_leaves_the_rotary_table_in_fp32(ranks: Ranks) -> None:
+    _, results = ranks
+    assert results[0]["dtypes"] == [torch.bfloat16, torch.float32]
+
+
 def test_a_sharded_model_is_saved_whole(ranks: Ranks) -> None:
     directory, _ = ranks
     assert len(list((directory / "saved").glob("model-*-of-*.safetensors"))) > 2
