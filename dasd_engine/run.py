@@ -37,6 +37,7 @@ from dasd_engine.prepare import prepare
 from dasd_engine.shards import Shards
 
 _RESULTS = (
+    "data",
     "checkpoints",
     "export",
     "tensorboard",
@@ -94,7 +95,7 @@ def lock(out: Path, world: World) -> Iterator[None]:
 
 
 def clear(out: Path) -> None:
-    """Delete what an earlier run left in `out`; prepared data stays, and so does everything that is not the run's."""
+    """Delete what an earlier run left in `out`; whatever else is there stays."""
     for name in _RESULTS:
         path = out / name
         if path.is_dir():
