@@ -58,6 +58,10 @@ class RunOptions:
     compute: Literal["auto", "bf16", "fp32"] = _key(
         "auto", "dtype of the forward and backward pass; auto: bf16 where the device multiplies it natively"
     )
+    attention: Literal["auto", "varlen", "flash", "sdpa"] = _key(
+        "auto",
+        "auto: torch's varlen_attn on CUDA (FA3 or FA4 when installed), else sdpa; flash: the flash-attn package",
+    )
     gather: Literal["step", "layer"] = _key(
         "step", "parameters gathered once a step (fastest) or a layer at a time (least memory)"
     )
@@ -268,8 +272,8 @@ def _name(kind: type) -> str:
 def describe() -> str:
     """Every recipe key with its default and meaning, for --help."""
     lines = [
-        "seed = 0                  order of documents and random weights",
-        'out = "runs/<recipe>"      directory of the run',
+        "seed = 0                             order of documents and random weights",
+        'out = "runs/<recipe>"                directory of the run',
     ]
     for section, cls in _SECTIONS.items():
         lines.append(f"[{section}]" + ("  (each key may be set in a [[stage]] too)" if section == "train" else ""))
@@ -280,7 +284,7 @@ def describe() -> str:
             lines.append(f"  {f.name + ' = ' + default:<34} {f.metadata['doc']}{choices}")
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
-        "  name, data                         data: JSONL/Parquet files or a directory made by dasd_engine.prepare",
+        "  name, data                         data: JSONL, Parquet, a hub data set, or shards made by dasd_engine.prepare",
     ]
     return "\n".join(lines)
 

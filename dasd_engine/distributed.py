@@ -115,7 +115,12 @@ def _checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     aten = torch.ops.aten
-    kept = {aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention.default}
+    kept = {
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    }
 
     def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

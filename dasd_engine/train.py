@@ -77,6 +77,7 @@ class Run:
 
         with torch.device("meta"):
             model = Decoder(self.config)
+        model.attention_backend = recipe.run.attention
         self.model = distributed.parallelize(model, world, recipe.run, self.dtype)
         self.model.to_empty(device=world.device)
         self.checkpoints = Checkpointer(
