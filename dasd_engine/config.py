@@ -284,7 +284,7 @@ def describe() -> str:
             lines.append(f"  {f.name + ' = ' + default:<34} {f.metadata['doc']}{choices}")
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
-        "  name, data                         data: JSONL, Parquet, a hub data set, or shards made by dasd_engine.prepare",
+        "  name, data                         data: JSONL, Parquet, a hub data set, or shards of dasd_engine.prepare",
     ]
     return "\n".join(lines)
 
