@@ -7,10 +7,10 @@
 | "sdpa" | `scaled_dot_product_attention`, a call a document; no length squared is ever stored | nothing |
 | "auto" | "varlen" where it can run, else "sdpa" | |
 
-Measured for "sdpa" on two CPU cores (fp32, forward+backward, 2,048-4,096 tokens): cutting the pack with `split` takes
-0.6 of the time of slicing it, whose backward adds a whole zeroed pack a document. Explicit attention over documents
-padded to similar lengths is 10-15 % faster at 60-80 tokens a document, 15-50 % slower from 200 on, and holds the
-probabilities: not worth a second path.
+Measured for "sdpa" on a CPU (fp32, forward+backward, 2,048-4,096 tokens): cutting the pack with `split` takes 0.5-0.65
+of the time of slicing it, whose backward adds a whole zeroed pack a document. Explicit attention over documents padded
+to similar lengths is 10-15 % faster at 60-80 tokens a document on two threads, not on one, and 15-50 % slower from 200
+on, and holds the probabilities: not worth a second path.
 """
 
 import inspect

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,16 +61,24 @@ def load_weights(model: Decoder, path: str | Path) -> None:
     path = Path(path)
     _reshard(model)
     stored = _stored_tensors(path)
-    wanted = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
+    wanted: dict[str, Tensor] = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
     _check_names(path, stored, wanted, tied=model.config.tie_word_embeddings)
     for name, parameter in wanted.items():
         _check_tensor(name, stored[name], parameter)
     for file in sorted({stored[name].file for name in wanted}):
-        with safe_open(file, framework="pt") as tensors, torch.no_grad():
-            for name, parameter in wanted.items():
-                if stored[name].file == file:
-                    begin, end = _local_rows(parameter)
-                    _local(parameter).copy_(tensors.get_slice(name)[begin:end])
+        here = {name: parameter for name, parameter in wanted.items() if stored[name].file == file}
+        try:
+            _read_rows(file, here)
+        except SafetensorError as error:
+            raise InputError(f"{file}: is no valid safetensors file ({error}); copy it again") from error
+
+
+def _read_rows(file: Path, parameters: dict[str, Tensor]) -> None:
+    """Fills {stored name: parameter} from one file."""
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        for name, parameter in parameters.items():
+            begin, end = _local_rows(parameter)
+            _local(parameter).copy_(tensors.get_slice(name)[begin:end])
 
 
 def init_weights(model: Decoder, seed: int) -> None:
@@ -130,7 +138,7 @@ def save_model(
             _write_side_files(model, partial, source, files, dtype)
             _replace(path, partial)
         except (OSError, SafetensorError, InputError) as caught:
-            error = caught
+            error = OSError(f"{path}: cannot be written: {caught}") if isinstance(caught, SafetensorError) else caught
             shutil.rmtree(partial, ignore_errors=True)
     for _ in gathered:  # gathering is collective: go on to the end even where writing failed
         pass
@@ -304,7 +312,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _check_names(path: Path, stored: dict[str, StoredTensor], wanted: Mapping[str, Tensor], tied: bool) -> None:
+def _check_names(path: Path, stored: dict[str, StoredTensor], wanted: dict[str, Tensor], tied: bool) -> None:
     """The files must hold exactly the model's tensors, but old Llama files may hold rotary frequencies, and the
     files of a tied model a second head."""
     missing = [name for name in wanted if name not in stored]

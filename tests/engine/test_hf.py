@@ -284,6 +284,13 @@ def test_a_truncated_file_is_found(qwen3: Path, keep: float) -> None:
         load_model(qwen3)
 
 
+def test_bytes_beyond_the_last_tensor_are_found(qwen3: Path) -> None:
+    with open(qwen3 / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match="model.safetensors: is no valid safetensors file"):
+        load_model(qwen3)
+
+
 def test_a_broken_header_is_found(qwen3: Path) -> None:
     file = qwen3 / "model.safetensors"
     data = bytearray(file.read_bytes())
