@@ -138,7 +138,8 @@ def save_model(
             _write_side_files(model, partial, source, files, dtype)
             _replace(path, partial)
         except (OSError, SafetensorError, InputError) as caught:
-            error = OSError(f"{path}: cannot be written: {caught}") if isinstance(caught, SafetensorError) else caught
+            own = isinstance(caught, InputError)
+            error = caught if own else InputError(f"{path}: cannot be written: {caught}; make room or choose another")
             shutil.rmtree(partial, ignore_errors=True)
     for _ in gathered:  # gathering is collective: go on to the end even where writing failed
         pass

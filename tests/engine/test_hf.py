@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_earlier_model(qwen3: Path, tmp_path: Path, monke
         save_file(tensors, file, metadata)
 
     monkeypatch.setattr("dasd_engine.hf.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         save_model(model, tmp_path / "out", max_shard_bytes=20_000)
     assert len(files) == 3 and files[0].exists() is False
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
