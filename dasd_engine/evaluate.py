@@ -1,6 +1,6 @@
 """Measure a model on verifiable problems: pass@1 averaged over samples, by task, with lengths and cut-off rate.
 
-    python -m dasd_engine.evaluate runs/quickstart/export/stage2 recipes/quickstart/heldout.jsonl
+    python -m dasd_engine.evaluate runs/quickstart/export/high recipes/quickstart/heldout.jsonl
     python -m dasd_engine.evaluate Qwen3-4B aime.jsonl --samples 64 --temperature 1 --max-new-tokens 65536 --out scores
 
 Problems are JSONL in the schema of the released DASD data: `input` is the question, and `meta` a JSON string that holds
