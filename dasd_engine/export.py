@@ -1,4 +1,4 @@
-"""Turn a checkpoint of a run into a Hugging Face directory that transformers and vLLM load.
+"""Turn a checkpoint of a run into a Hugging Face directory.
 
     python -m dasd_engine.export runs/mine --out mine-at-120 --checkpoint step-00000120
 

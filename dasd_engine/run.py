@@ -229,7 +229,7 @@ def print_summary(recipe: Recipe, export: Path, progress: Progress, display: Dis
             display.say(f"{label:>6}: {_score(result)}")
     if progress.skipped:
         display.say(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")
-    display.say(f"the student: {export} (loads in transformers and vLLM); metrics: {recipe.out / 'metrics.jsonl'}")
+    display.say(f"the student: {export} (a Hugging Face directory); metrics: {recipe.out / 'metrics.jsonl'}")
     if recipe.evaluate.problems:
         display.say(f"next: python -m dasd_engine.evaluate {export} {recipe.resolve(recipe.evaluate.problems)}")
     display.say('your own data: write a recipe with model.path and [[stage]] data = "responses.jsonl"; see --help')
