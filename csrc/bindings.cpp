@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "linear_ce/module.hpp"
 #include "packing/assemble.hpp"
 #include "packing/plan.hpp"
 
@@ -73,4 +74,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("assemble_pack", &assemble_pack, py::arg("tokens").noconvert(), py::arg("offsets").noconvert(),
         py::arg("loss_spans").noconvert(), py::arg("docs").noconvert(), py::arg("out").noconvert(),
         py::arg("elementwise") = false);
+  dasd::add_linear_ce(m);
 }

@@ -33,10 +33,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """Per row, [n]: the label's logit, log-sum-exp, and what was asked for. Gradients: dX in hidden's dtype,
-    dW [V, D] and db [V] in the accumulation dtype."""
+    """Per row, [n]: the label's logit, -log p(label), log-sum-exp, and what was asked for. Gradients: dX in hidden's
+    dtype, dW [V, D] and db [V] in the accumulation dtype."""
 
     target: Tensor
+    nll: Tensor  # not lse - target: that would round at the logits' magnitude
     lse: Tensor
     mean: Tensor | None = None  # mean logit
     entropy: Tensor | None = None
@@ -67,6 +68,7 @@ def run(
     empty = lambda *shape, dtype=acc: torch.empty(shape, dtype=dtype, device=hidden.device)  # noqa: E731
     out = Result(
         target=empty(n),
+        nll=empty(n),
         lse=empty(n),
         mean=empty(n) if row.label_smoothing else None,
         entropy=empty(n) if entropy else None,
@@ -129,8 +131,10 @@ def chunk_scores(z: Tensor, y: Tensor, part: slice, out: Result) -> None:
     shifted = z.sub_(top)
     if out.entropy is not None:
         weighted = (shifted.exp() * shifted).sum(1)
+    distance = target[:, 0] - top[:, 0]
     total = z.exp_().sum(1)
     out.target[part] = target[:, 0]
+    out.nll[part] = total.log() - distance
     out.lse[part] = top[:, 0] + total.log()
     if out.entropy is not None:
         out.entropy[part] = total.log() - weighted / total

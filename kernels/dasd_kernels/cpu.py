@@ -99,10 +99,11 @@ def run(
         )
         fields = (out.nll, out.lse, out.entropy, out.rank)
         scores = tuple(0 if f is None else address(f[part]) for f in fields)
-        state = None if memory is None else memory.addresses()
-        _C.linear_ce_forward(name, head, rows, scores, state, memory.e_bytes if memory else 0, threads)
         if memory is None:
+            _C.linear_ce_forward(name, head, rows, scores, None, 0, threads)
             continue
+        state = memory.addresses()
+        _C.linear_ce_forward(name, head, rows, scores, state, memory.e_bytes, threads)
         if out.grad_hidden is not None:
             out.grad_hidden[part] = memory.dx.view(-1)[: len(x) * memory.ld].view(len(x), -1)[:, :width]
         if needs[1] or needs[2]:

@@ -6,16 +6,19 @@
 
 The gradients of "mean" and "sum" are computed with the loss (three products of 2NDV FLOPs) and scaled in
 backward; "none" computes them in backward (four products), when the upstream gradients are known.
-DASD_KERNELS=reference selects the plain definition, DASD_KERNELS=chunked plain torch by chunks.
+On CPUs with AVX2 the work is done by csrc/linear_ce (cpu.py), elsewhere and with label smoothing by chunked.py.
+DASD_KERNELS=reference selects the plain definition, =chunked plain torch by chunks, and portable, avx2, avx512 or
+avx512_bf16 one of the C++ kernels.
 """
 
+import functools
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dasd_kernels import chunked, reference
+from dasd_kernels import chunked, cpu, reference
 from dasd_kernels.chunked import Result, Row
 
 DEFAULT_WORKSPACE = 128 << 20
@@ -177,21 +180,22 @@ def compute(
     assert x is not None
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden must be bf16, fp16, fp32 or fp64, not {x.dtype}")
-    r = chunked.run(
-        x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank
-    )
+    asked = backend()
+    name = None if asked == "chunked" or row.label_smoothing else cpu.choose(x, weight, asked)
+    run = chunked.run if name is None else functools.partial(cpu.run, name)
+    r = run(x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank)
     n = len(labels)
     if labels.device.type == "cpu":
-        fields = [r.target, r.lse, r.mean, r.entropy]
-        target, lse, mean, spread_out = (None if f is None else spread(f, rows, n) for f in fields)
+        fields = [r.target, r.nll, r.lse, r.mean, r.entropy]
+        target, nll, lse, mean, chaos = (None if f is None else spread(f, rows, n) for f in fields)
     else:
         ignored = labels == ignore_index
         lost = ~ignored & ((labels < 0) | (labels >= vocab))
-        fields = [r.target.masked_fill(lost, float("nan")), r.lse, r.mean, r.entropy]
-        target, lse, mean, spread_out = (None if f is None else f.masked_fill(ignored, 0) for f in fields)
-    assert target is not None and lse is not None
+        fields = [r.target, r.nll.masked_fill(lost, float("nan")), r.lse, r.mean, r.entropy]
+        target, nll, lse, mean, chaos = (None if f is None else f.masked_fill(ignored, 0) for f in fields)
+    assert target is not None and nll is not None and lse is not None
     return Result(
-        target, lse, mean, spread_out,
+        target, nll, lse, mean, chaos,
         None if r.rank is None else spread(r.rank, rows, n, -1).masked_fill(labels == ignore_index, -1),
         None if r.grad_hidden is None else spread(r.grad_hidden, rows, n),
         r.grad_weight, r.grad_bias,
@@ -238,7 +242,7 @@ def linear_ce(
         hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,
         weights if now else None, (needs[0], needs[1], needs[2]) if now else (False, False, False),
     )  # fmt: skip
-    loss = r.lse - r.target
+    loss = r.nll
     if label_smoothing:
         assert r.mean is not None
         loss += label_smoothing * (r.target - r.mean)

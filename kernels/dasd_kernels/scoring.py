@@ -44,11 +44,11 @@ def token_logprobs(
                 temperature=temperature, entropy=entropy, rank=rank,
             )  # fmt: skip
         per_token = temperature if isinstance(temperature, Tensor) else None
-        target, lse, spread, above = token_scores(
+        nll, lse, spread, above = token_scores(
             hidden, weight, labels, bias, per_token, ignore_index, softcap or 0.0,
             1.0 if per_token is not None else float(temperature), entropy, rank,
         )  # fmt: skip
-    return TokenScores(target - lse, lse, spread if entropy else None, above if rank else None)
+    return TokenScores(-nll, lse, spread if entropy else None, above if rank else None)
 
 
 def log_ratio(
@@ -114,7 +114,7 @@ def token_scores(
         rank=rank,
     )
     nothing, none = r.lse.new_empty(0), labels.new_empty(0)
-    return r.target, r.lse, nothing if r.entropy is None else r.entropy, none if r.rank is None else r.rank
+    return r.nll, r.lse, nothing if r.entropy is None else r.entropy, none if r.rank is None else r.rank
 
 
 @token_scores.register_fake

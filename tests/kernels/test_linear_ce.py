@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dasd_kernels import linear_cross_entropy, reference
 
-BACKENDS = ["chunked"]
+BACKENDS = ["chunked", "portable", "avx2"]
 FLOOR = 1e-6
 
 
@@ -58,7 +58,8 @@ def check(inputs, k, floor=FLOOR, workspace_bytes=None, **kw):
     want = exact(*inputs, **kw)
     for name, a, b, c in zip(("loss", "dX", "dW", "db"), ours, plain, want, strict=True):
         if c is not None:
-            assert error(a, c) <= k * error(b, c) + floor, f"{name}: {error(a, c):.2e}, plain torch {error(b, c):.2e}"
+            slack = floor + (5e-7 / max(c.norm().item(), 1e-9) if name == "loss" else 0)  # half a millionth of a nat
+            assert error(a, c) <= k * error(b, c) + slack, f"{name}: {error(a, c):.2e}, plain torch {error(b, c):.2e}"
 
 
 SWITCHES = list(
@@ -286,6 +287,7 @@ def test_mixed_dtypes(backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_compiles_in_one_graph(backend, reduction, accumulate):
+    torch._dynamo.reset()  # each case is a program of its own, not one more recompilation
     hidden, weight, labels, _ = make(30, 16, 300, ignored=0.3)
 
     def step(hidden, weight, labels, total):

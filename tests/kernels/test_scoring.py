@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dasd_kernels import linear_cross_entropy, log_ratio, reference, token_logprobs
 
-BACKENDS = ["chunked"]
+BACKENDS = ["chunked", "portable", "avx2"]
 
 
 @pytest.fixture(params=BACKENDS)
