@@ -6,8 +6,8 @@
 //   A   rows of k contiguous elements (a head's own rows, or E's), or tiles [k / kStep][kRows][kStep]
 //   B   panels of kPanel = kVecs * kWidth lanes, [k / kStep][kPanel][kStep]
 //
-// An element of Z is one chain of multiply-adds over k, in order and in one precision, whatever its place in a tile and
-// whatever else is computed: results depend on a row's and a column's own data only.
+// An element of Z is a sum, in order, of chains of kDepth multiply-adds (shorter chains round less), whatever its place in
+// a tile and whatever else is computed: results depend on a row's and a column's own data only.
 //
 // Everything is inline in an unnamed namespace or a template over I: code compiled for one instruction set must never
 // be shared with another (so no std:: templates either).
@@ -120,7 +120,7 @@ struct Buffer {
 template <class I>
 constexpr int64_t kPanel = I::kWidth * I::kVecs;
 template <class I>
-constexpr int64_t kDepth = 2048 / static_cast<int64_t>(sizeof(typename I::Elem));  // k of a pass: a panel fits the L1
+constexpr int64_t kDepth = 1024 / static_cast<int64_t>(sizeof(typename I::Elem));  // k of a pass: a panel fits the L1
 
 template <class I, int R, bool Packed>
 void tile(const typename I::Elem* a, int64_t lda, const typename I::Elem* b, int64_t steps, float* c, int64_t ldc,
@@ -129,7 +129,7 @@ void tile(const typename I::Elem* a, int64_t lda, const typename I::Elem* b, int
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < I::kVecs; ++j) acc[i][j] = add ? I::load(c + i * ldc + j * I::kWidth) : I::set(0.f);
+    for (int j = 0; j < I::kVecs; ++j) acc[i][j] = I::set(0.f);
   for (int64_t s = 0; s < steps; ++s) {
     typename I::B bv[I::kVecs];
 #pragma GCC unroll 4
@@ -144,7 +144,10 @@ void tile(const typename I::Elem* a, int64_t lda, const typename I::Elem* b, int
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < I::kVecs; ++j) I::store(c + i * ldc + j * I::kWidth, acc[i][j]);
+    for (int j = 0; j < I::kVecs; ++j) {
+      float* to = c + i * ldc + j * I::kWidth;
+      I::store(to, add ? I::add(I::load(to), acc[i][j]) : acc[i][j]);
+    }
 }
 
 template <class I, bool Packed, int R = I::kRows>
