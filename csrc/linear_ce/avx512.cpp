@@ -15,7 +15,7 @@ struct Avx512 : Avx512Lanes {
   static V multiply_add(B a, B b, V c) { return _mm512_fmadd_ps(a, b, c); }
 };
 
-bool supported() { return __builtin_cpu_supports("avx512f"); }
+bool supported() { return kEmulated || __builtin_cpu_supports("avx512f"); }
 
 }  // namespace
 

@@ -1,11 +1,21 @@
 // What AVX-512 with fp32 operands and with bf16 operands share: registers of 16 fp32 lanes and their arithmetic.
 #pragma once
+#ifdef DASD_EMULATE_AVX512
+#include "emulate.hpp"
+#else
 #include <immintrin.h>
+#endif
 
 #include "products.hpp"
 
 namespace dasd {
 namespace {
+
+#ifdef DASD_EMULATE_AVX512
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 
 struct Avx512Lanes {
   using V = __m512;

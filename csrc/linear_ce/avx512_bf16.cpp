@@ -32,7 +32,9 @@ struct Avx512Bf16 : Avx512Lanes {
   static V multiply_add(B a, B b, V c) { return _mm512_dpbf16_ps(c, a, b); }
 };
 
-bool supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"); }
+bool supported() {
+  return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"));
+}
 
 }  // namespace
 

@@ -35,12 +35,15 @@ def choose(hidden: Tensor, weight: Tensor, asked: str = "") -> str | None:
     are better served by the chunked backend)."""
     if hidden.device.type != "cpu" or hidden.dtype not in DTYPES or weight.dtype not in DTYPES:
         return None
+    native = hidden.dtype == weight.dtype == torch.bfloat16
+    if asked == "avx512_bf16" and not native:
+        asked = "avx512"  # operands are never rounded to bf16
     if asked:
         if describe(asked) is None:
             raise ValueError(f"DASD_KERNELS={asked}: this CPU or build has no such kernels")
         return asked
-    native = ["avx512_bf16"] if hidden.dtype == weight.dtype == torch.bfloat16 else []
-    return next((name for name in [*native, "avx512", "avx2"] if describe(name)), None)
+    names = ["avx512_bf16", "avx512", "avx2"] if native else ["avx512", "avx2"]
+    return next((name for name in names if describe(name)), None)
 
 
 def run(

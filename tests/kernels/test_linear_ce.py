@@ -6,6 +6,9 @@ input's precision (`reference` on the same inputs), plus a floor of a few roundi
 
 import copy
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dasd_kernels import linear_cross_entropy, reference
+from dasd_kernels.cpu import describe
 
-BACKENDS = ["chunked", "portable", "avx2"]
+BACKENDS = ["chunked", *filter(describe, ("portable", "avx2", "avx512", "avx512_bf16"))]  # what this CPU can run
 FLOOR = 1e-6
 
 
@@ -272,6 +276,56 @@ def test_repeated_runs_have_equal_bits(backend, dtype):
     inputs = make(100, 32, 700, dtype, ignored=0.2, bias=True)
     runs = [evaluate(linear_cross_entropy, *inputs, z_loss=1e-3, softcap=20.0) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_threads_leave_no_trace(backend):
+    """One thread and two give the same bits (the C++ kernels; torch.mm cuts its sums as it likes)."""
+    if backend == "chunked":
+        pytest.skip("torch.mm promises no such thing")
+    inputs = make(150, 200, 3000, ignored=0.1)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(evaluate(linear_cross_entropy, *inputs)[:3])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_a_rows_gradient_does_not_depend_on_its_neighbours(backend):
+    if backend == "chunked":
+        pytest.skip("torch.mm may choose another kernel for another number of rows")
+    hidden, weight, labels, _ = make(70, 33, 700)
+    whole = evaluate(linear_cross_entropy, hidden, weight, labels, reduction="sum")[1]
+    some = evaluate(linear_cross_entropy, hidden[9:20], weight, labels[9:20], reduction="sum")[1]
+    assert torch.equal(whole[9:20], some)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of the resident set")
+@pytest.mark.parametrize("train", [False, True])
+def test_peak_memory_is_bounded(backend, train):
+    """The logits would take 160 MB in fp32, twice that with their gradient; a workspace of 24 MB does."""
+    code = f"""if True:
+        import torch, pathlib
+        from dasd_kernels import linear_cross_entropy, token_logprobs
+        torch.set_num_threads(1)
+        hidden, weight = torch.randn(2000, 16), torch.randn(20000, 16)
+        labels = torch.randint(0, 20000, (2000,))
+        kilobytes = lambda key: int(pathlib.Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+        linear_cross_entropy(hidden[:4], weight, labels[:4])  # the first call loads what it needs
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = kilobytes("VmRSS")
+        if {train}:
+            hidden.requires_grad_(), weight.requires_grad_()
+            linear_cross_entropy(hidden, weight, labels, workspace_bytes=24 << 20).backward()
+        else:
+            token_logprobs(hidden, weight, labels)
+        print((kilobytes("VmHWM") - before) / 1024)
+    """
+    peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < (24 + 12 if train else 64), f"{peak:.0f} MiB"
 
 
 def test_mixed_dtypes(backend):

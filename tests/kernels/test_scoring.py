@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dasd_kernels import linear_cross_entropy, log_ratio, reference, token_logprobs
+from dasd_kernels.cpu import describe
 
-BACKENDS = ["chunked", "portable", "avx2"]
+BACKENDS = ["chunked", *filter(describe, ("portable", "avx2", "avx512", "avx512_bf16"))]  # what this CPU can run
 
 
 @pytest.fixture(params=BACKENDS)
