@@ -45,17 +45,17 @@ class Tile:
     stages: int
 
 
-def exp_tile(dtype: torch.dtype, arch: str, store: bool) -> Tile:
+def exp_tile(dtype: torch.dtype, arch: str, plain: bool) -> Tile:
     """By arithmetic: a 128 x 256 tile reads 48 KB a step for 4.2 MFLOP, the least L2 traffic whose fp32 accumulator
-    fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB."""
+    fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only the
+    `plain` epilogue, sums and no option, leaves room for it: every other spills and takes 128 x 128, in 98 KB."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 2)
     if arch.startswith("gfx"):
         return Tile(128, 128, 64, 8, 1)
-    major = int(arch.removeprefix("sm_")) // 10
-    if major < 9:
+    if int(arch.removeprefix("sm_")) < 90:
         return Tile(128, 128, 32, 8, 3)
-    return Tile(128, 256, 64, 8, 3) if not store or major >= 10 else Tile(128, 128, 64, 8, 3)
+    return Tile(128, 256, 64, 8, 3) if plain else Tile(128, 128, 64, 8, 3)
 
 
 def splits(vocab: int) -> int:
@@ -111,14 +111,15 @@ def tile_product(
 def exp_kernel(
     x, w, bias, label, inverse, pivot, reference, poison, count, begin,
     out_sum, out_target, out_entropy, out_rank, e_out,
-    rows, V, D, stride_xn, stride_xd, stride_wv, stride_wd, softcap,
+    rows, V, D, stride_xn, stride_xd, stride_wv, stride_wd, stride_e, softcap,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MODE: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     RANK: tl.constexpr, RETRY: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums [rows, SPLITS] of this chunk of rows; row `i` is valid while begin + i < count[0].
 
-    MODE "score", "store" (also E [rows, V], times the softcap's slope) or "max" (out_sum is the largest exponent
+    MODE "score", "store" (also E [rows, stride_e], times the softcap's slope, zeros from V on: a pitch of a multiple
+    of 16 is what lets stores be 128 bits wide) or "max" (out_sum is the largest exponent
     instead). RETRY: only blocks of rows that hold a poisoned row. Exponents t are in base 2, relative to the pivot:
     t = z * inverse * log2e - pivot; out_target [rows] gets the label's, written by the part that holds it.
     """
@@ -131,13 +132,14 @@ def exp_kernel(
     row = row0 + tl.arange(0, BM)
     inside = row < rows
     offset = row.to(tl.int64)
-    if row0 + begin >= tl.load(count):  # no valid row: E must still be finite, as it meets zeros in dW
+    left = tl.load(count) - begin
+    if row0 >= left:  # no valid row: E must still be finite, as it meets zeros in dW
         if MODE == "store":
             for col0 in range(first, last, BN):
                 col = col0 + tl.arange(0, BN)
-                keep = inside[:, None] & (col < V)[None, :]
+                keep = inside[:, None] & (col < stride_e)[None, :]
                 zero = tl.zeros((BM, BN), dtype=e_out.dtype.element_ty)
-                tl.store(e_out + offset[:, None] * V + col[None, :], zero, mask=keep)
+                tl.store(e_out + offset[:, None] * stride_e + col[None, :], zero, mask=keep)
         return
     if RETRY:
         if tl.max(tl.load(poison + row, mask=inside, other=0), 0) == 0:
@@ -166,8 +168,8 @@ def exp_kernel(
             if MODE == "store":
                 slope = 1 - (z / softcap) * (z / softcap)
         t = z * scale[:, None] - r[:, None]
-        if col0 + BN > V:
-            t = tl.where((col < V)[None, :], t, NEVER)
+        if (col0 + BN > V) | (row0 + BM > left):
+            t = tl.where((row < left)[:, None] & (col < V)[None, :], t, NEVER)
         if MODE == "max":
             total = tl.maximum(total, tl.max(t, 1))
         else:
@@ -186,8 +188,8 @@ def exp_kernel(
             if MODE == "store":
                 if SOFTCAP:
                     e *= slope
-                keep = inside[:, None] & (col < V)[None, :]
-                tl.store(e_out + offset[:, None] * V + col[None, :], e.to(e_out.dtype.element_ty), mask=keep)
+                keep = inside[:, None] & (col < stride_e)[None, :]
+                tl.store(e_out + offset[:, None] * stride_e + col[None, :], e.to(e_out.dtype.element_ty), mask=keep)
     at = offset * SPLITS + split
     tl.store(out_sum + at, total, mask=inside)
     if ENTROPY:
@@ -281,7 +283,7 @@ class Head:
 @dataclass(frozen=True)
 class Rows:
     """One chunk: hidden [C, D], label [C] int64 in [0, V), inverse temperature, pivot and reference [C] fp32, poison
-    [C] int8; partials [C, splits]; E [C, V] or empty. `count` [1] int64 valid rows in all, `begin` of them before."""
+    [C] int8; partials [C, splits]; E [C, V] or [1, 0]. `count` [1] int64 valid rows in all, `begin` of them before."""
 
     hidden: Tensor
     label: Tensor
@@ -310,7 +312,8 @@ def find_pivot(head: Head, c: Rows) -> None:
 
 def sum_exponentials(head: Head, c: Rows, mode: str, retry: bool) -> None:
     n, (vocab, width) = len(c.hidden), head.weight.shape
-    tile = exp_tile(head.weight.dtype, head.arch, mode == "store")
+    options = head.bias is not None or head.softcap > 0 or head.entropy or head.rank
+    tile = exp_tile(head.weight.dtype, head.arch, mode != "store" and not options)
     tma = not head.arch.startswith("gfx") and int(head.arch.removeprefix("sm_")) >= 90
     tma = tma and head.weight.dtype != torch.float32 and tma_ready(c.hidden) and tma_ready(head.weight)
     x, w = c.hidden, head.weight
@@ -323,7 +326,7 @@ def sum_exponentials(head: Head, c: Rows, mode: str, retry: bool) -> None:
     exp_kernel[(triton.cdiv(n, tile.bm) * splits(vocab),)](
         x, w, head.bias, c.label, c.inverse, c.pivot, c.reference, c.poison, c.count, c.begin,
         c.sums, c.target, c.entropy, c.rank, c.e, n, vocab, width,
-        *c.hidden.stride(), *head.weight.stride(), head.softcap,
+        *c.hidden.stride(), *head.weight.stride(), c.e.stride(0), head.softcap,
         SPLITS=splits(vocab), BM=tile.bm, BN=tile.bn, BK=tile.bk, MODE=mode, TMA=tma, EVEN=width % tile.bk == 0,
         ENTROPY=head.entropy and plain, RANK=head.rank and plain, RETRY=retry,
         num_warps=tile.warps, num_stages=tile.stages, **head.switches(),

@@ -1,0 +1,19 @@
+"""Runs triton_cases.py in a process of its own: TRITON_INTERPRET=1 must be set before Triton is imported, and would
+make the kernels of every other test interpreted too."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def test_triton_kernels_under_the_interpreter():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
+    done = subprocess.run(command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
