@@ -21,6 +21,11 @@ from torch import Tensor
 from dasd_kernels import chunked, cpu, reference
 from dasd_kernels.chunked import Result, Row
 
+try:
+    from dasd_kernels import triton_ce
+except ImportError:  # Triton is not built for this platform: only CPUs are served
+    triton_ce = None  # type: ignore[assignment]
+
 DEFAULT_WORKSPACE = 128 << 20
 
 
@@ -82,7 +87,7 @@ def linear_cross_entropy(
     loss, *_ = linear_ce(
         hidden, weight, labels, bias, token_weight, per_token, grad_weight_out, ignore_index, reduction,
         z_loss, label_smoothing, softcap or 0.0, 1.0 if per_token is not None else float(temperature),
-        DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes,
+        default_workspace(hidden) if workspace_bytes is None else workspace_bytes,
         [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)],
     )  # fmt: skip
     return loss
@@ -90,6 +95,14 @@ def linear_cross_entropy(
 
 def backend() -> str:
     return os.environ.get("DASD_KERNELS", "")
+
+
+def on_triton(hidden: Tensor) -> bool:
+    return triton_ce is not None and backend() == "" and triton_ce.wanted(hidden)
+
+
+def default_workspace(hidden: Tensor) -> int:
+    return triton_ce.WORKSPACE if on_triton(hidden) else DEFAULT_WORKSPACE
 
 
 def check_inputs(
@@ -173,6 +186,11 @@ def compute(
     vocab = len(weight)
     if temperature is not None and temperature.device.type == "cpu" and not bool((temperature > 0).all()):
         raise ValueError(f"temperature must be positive; its smallest entry is {float(temperature.min())}")
+    if on_triton(hidden) and triton_ce.supports(hidden, weight, row, coefficient is not None):
+        return triton_ce.run(
+            hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,
+            coefficient=coefficient, needs=needs, entropy=entropy, rank=rank,
+        )  # fmt: skip
     rows = valid_rows(labels, ignore_index, vocab)
     safe = take(labels, rows) if rows is not None else labels.clamp(0, vocab - 1)
     assert safe is not None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dasd_kernels.linear_ce import on_triton, triton_ce
 from dasd_kernels.reference import SegmentScores
 
 
@@ -25,6 +26,8 @@ def segment_scores(logprob: Tensor, offsets: Tensor) -> SegmentScores:
         bool((count < 0).any()) or int(offsets[0]) < 0 or int(offsets[-1]) > len(logprob)
     ):
         raise ValueError(f"offsets must rise from >= 0 to <= {len(logprob)}, the number of tokens")
+    if on_triton(logprob):
+        return triton_ce.segment_scores(logprob, offsets)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     total = torch.segment_reduce(logprob.double(), "sum", offsets=offsets, initial=0, unsafe=True)
     mean = total / count
