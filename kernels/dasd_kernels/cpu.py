@@ -1,6 +1,3 @@
-# mypy: ignore-errors
-# ruff: noqa
-# Unfinished: nothing imports this yet; tests and the build of csrc/linear_ce come next.
 """The C++ kernels of csrc/linear_ce on CPU tensors: which of them, how many tokens at a time, in what memory.
 
 `run` has chunked.run's interface. A chunk of C tokens holds E [V, C] in the kernel's element type (fp32, or bf16 where
