@@ -43,20 +43,24 @@ class Tile:
     stages: int
 
 
-def exp_tile(dtype: torch.dtype, arch: str, plain: bool, aligned: bool) -> Tile:
+def exp_tile(dtype: torch.dtype, arch: str, store: bool, options: bool, aligned: bool) -> Tile:
     """By arithmetic: a 128 x 256 tile reads 48 KB a step for 4.2 MFLOP, the least L2 traffic whose fp32 accumulator
-    fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only the
-    `plain` epilogue, sums and no option, leaves room for it: every other spills and takes 128 x 128, in 98 KB.
-    Without alignment the addresses and masks of narrow loads need the registers: a small tile, and slow."""
+    fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only sums
+    without `options` (bias, softcap, entropy, rank) leave room for it, and only there: the other epilogues spill at
+    that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3 holds every operand twice. Without alignment the
+    addresses and masks of narrow loads take the registers: a small tile, and slow."""
+    fp32, amd = dtype == torch.float32, arch.startswith("gfx")
+    chip = 0 if amd else int(arch.removeprefix("sm_"))
     if not aligned:
-        return Tile(32, 64, 32, 4, 2) if dtype == torch.float32 else Tile(64, 64, 32, 4, 2)
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 2)
-    if arch.startswith("gfx"):
+        return Tile(32, 32, 32, 4, 2) if fp32 else Tile(64, 32, 32, 4, 2)
+    if fp32:
+        return Tile(64, 64 if amd or chip >= 90 else 32, 32, 4, 2)
+    if amd:
         return Tile(128, 128, 64, 8, 1)
-    if int(arch.removeprefix("sm_")) < 90:
-        return Tile(128, 128, 32, 8, 3)
-    return Tile(128, 256, 64, 8, 3) if plain else Tile(128, 128, 64, 8, 3)
+    columns = 64 if store and options and chip // 10 != 9 else 128
+    if chip < 90:
+        return Tile(128, columns, 32, 8, 3)
+    return Tile(128, 256 if chip // 10 == 9 and not store and not options else columns, 64, 8, 3)
 
 
 def splits(vocab: int) -> int:
@@ -318,7 +322,7 @@ def sum_exponentials(head: Head, c: Rows, mode: str, retry: bool) -> None:
     tma = tma and head.weight.dtype != torch.float32
     aligned = tma_ready(c.hidden) and tma_ready(head.weight) and (tma or width % 64 == 0)
     tma = tma and aligned
-    tile = exp_tile(head.weight.dtype, head.arch, mode != "store" and not options, aligned)
+    tile = exp_tile(head.weight.dtype, head.arch, mode == "store", options, aligned)
     x, w = c.hidden, head.weight
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
