@@ -62,6 +62,7 @@ class RunOptions:
         "auto",
         "auto: torch's varlen_attn on CUDA (FA3 or FA4 when installed), else sdpa; flash: the flash-attn package",
     )
+    threads: int = _key(0, "CPU threads of a rank, 0 for torch's choice; 1 is best where the machine has other work")
     gather: Literal["step", "layer"] = _key(
         "step", "parameters gathered once a step (fastest) or a layer at a time (least memory)"
     )

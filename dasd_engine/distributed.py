@@ -49,6 +49,8 @@ def start(options: RunOptions) -> Iterator[World]:
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size % options.replicas:
         raise InputError(f"run.replicas = {options.replicas} does not divide the {size} ranks")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

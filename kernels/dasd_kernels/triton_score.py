@@ -47,8 +47,9 @@ def exp_tile(dtype: torch.dtype, arch: str, store: bool, options: bool, aligned:
     """By arithmetic: a 128 x 256 tile reads 48 KB a step for 4.2 MFLOP, the least L2 traffic whose fp32 accumulator
     fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only sums
     without `options` (bias, softcap, entropy, rank) leave room for it, and only there: the other epilogues spill at
-    that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3 holds every operand twice. Without alignment the
-    addresses and masks of narrow loads take the registers: a small tile, and slow."""
+    that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3
+    holds every operand twice. Without alignment the addresses and masks of narrow loads take the registers: a small
+    tile, and slow."""
     fp32, amd = dtype == torch.float32, arch.startswith("gfx")
     chip = 0 if amd else int(arch.removeprefix("sm_"))
     if not aligned:
