@@ -20,12 +20,13 @@ time linear in the text (n log n for the n-grams), whatever the text holds.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from dasd_engine.errors import InputError
 from dasd_engine.evaluate import final_answer, is_right
 
 REASONS = {  # in the order in which they are asked: a response is counted under the first that applies
@@ -38,7 +39,7 @@ REASONS = {  # in the order in which they are asked: a response is counted under
     "markers": "thinking markers that make no one thinking part and one answer",
     "no_thinking": "no thinking part",
     "no_answer": "no final answer",
-    "stop_token": "holds a token that ends the student's turn",
+    "not_trainable": "the student's template has no place for it",
     "too_long": "longer than the training context",
     "repetition": "repeats itself",
     "no_known_answer": "right answers only: none is known for the question",
@@ -105,15 +106,15 @@ def examine(
     text: str,
     *,
     finish_reason: str,
-    tokens: int,
+    tokens: int | Callable[[str], int],
     answer: str | None = None,
     filters: Filters = Filters(),  # noqa: B008 (immutable)
     stop_tokens: Iterable[str] = (),
 ) -> tuple[str, Drop | None]:
     """(the response as <think>…</think>answer, None), or with the reason for which it may not be trained on.
 
-    `tokens`: what counts against the context, in the student's tokens. `answer`: what right_only compares with.
-    `stop_tokens`: texts of tokens that end a turn of the student, which a response may not hold.
+    `tokens`: what counts against the context, in the student's tokens, or a function of the output.
+    `answer`: what right_only compares with. `stop_tokens`: texts of tokens that end a turn of the student.
     """
     if reason := _unfinished(text, finish_reason):
         return text, reason
@@ -129,9 +130,13 @@ def examine(
         return output, Drop("no_answer", f"no {CLOSE}" if said is None else f"nothing behind {CLOSE}")
     for token in stop_tokens:
         if token in output:
-            return output, Drop("stop_token", token)
-    if tokens > filters.context:
-        return output, Drop("too_long", f"{tokens:,} tokens")
+            return output, Drop("not_trainable", f"holds {token}, which ends a turn")
+    try:
+        length = tokens(output) if callable(tokens) else tokens
+    except InputError as error:  # of dasd_engine.chat
+        return output, Drop("not_trainable", str(error))
+    if length > filters.context:
+        return output, Drop("too_long", f"{length:,} tokens")
     if filters.repetition:
         for part, name in ((thinking, "thinking"), (said, "answer")):
             if part and (found := repetition(part, filters.repetition)):

@@ -1,8 +1,8 @@
 """The rules that choose one response a question, and what can be said of a choice. Pure functions.
 
-Divergence-aware sampling (arXiv 2601.09088, after arXiv 2512.20908) types every sentence by Δ = p_T − p_S, the geometric
-mean probabilities of its tokens under teacher and student: a teacher sentence has Δ > β, a student sentence Δ < −β, the
-others are common. `teacher_count` is the published rule; the others are its published or our own controls:
+Divergence-aware sampling (arXiv 2601.09088, after arXiv 2512.20908) types every sentence by Δ = p_T − p_S, where p is
+the geometric mean of its tokens' probabilities: a teacher sentence has Δ > β, a student sentence Δ < −β, any other is
+common. `teacher_count` is the published rule; the others are controls, those marked [ours] our own:
 
     teacher_count       most teacher sentences
     min_count           fewest teacher sentences
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import combinations
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class Candidate:
     number: int
     source: int  # which scores directory, from 0
     row: int  # of the arrays that hold more about it
+    digest: int  # equal texts, equal digests
     teacher_tokens: int
     student_tokens: int
     teacher: int  # sentences of each type
@@ -116,7 +118,7 @@ def _draw(*key: object) -> int:
 
 
 def length_slope(questions: Questions) -> Fraction:
-    """Teacher sentences a token: least squares within questions, over those with a choice; 0 where lengths are equal."""
+    """Teacher sentences a token: least squares within questions; 0 where all their candidates are of one length."""
     above: Counter[int] = Counter()  # by number of candidates, so that the sums stay whole
     below: Counter[int] = Counter()
     for candidates in questions.values():
@@ -206,21 +208,20 @@ def _by_row(kind: npt.NDArray[np.int64], lengths: Counts, kinds: int) -> Counts:
 
 
 def describe(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """Lengths and teacher sentences of some responses; an empty dict of none."""
-    if not candidates:
-        return {}
+    """Lengths and teacher sentences of some responses; zeros of none."""
+    count = max(len(candidates), 1)
     teacher, student = ([getattr(c, f"{who}_tokens") for c in candidates] for who in ("teacher", "student"))
     sentences = sum(c.sentences for c in candidates)
     return {
         "responses": len(candidates),
         "student_tokens": sum(student),
-        "student_tokens_mean": float(np.mean(student)),
-        "student_tokens_median": float(np.median(student)),
-        "teacher_tokens_mean": float(np.mean(teacher)),
-        "teacher_tokens_median": float(np.median(teacher)),
-        "sentences_mean": sentences / len(candidates),
-        "teacher_sentences_mean": float(np.mean([c.teacher for c in candidates])),
-        "teacher_share": sum(c.teacher for c in candidates) / sentences if sentences else 0.0,
+        "student_tokens_mean": sum(student) / count,
+        "student_tokens_median": float(median(student or [0])),
+        "teacher_tokens_mean": sum(teacher) / count,
+        "teacher_tokens_median": float(median(teacher or [0])),
+        "sentences_mean": sentences / count,
+        "teacher_sentences_mean": sum(c.teacher for c in candidates) / count,
+        "teacher_share": sum(c.teacher for c in candidates) / max(sentences, 1),
     }
 
 
