@@ -200,10 +200,18 @@ inline void convert_panel(const void* p, Dtype dtype, int64_t first, int64_t str
   for (int64_t l = count < 0 ? 0 : count; l < kPanel<I>; ++l) out[l] = 0;
 }
 
+// out[i] = (a[i], b[i]) as neighbours: a step of two elements. A fixed length, so that compilers make registers of it.
+template <int64_t N>
+inline void interleave(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+  uint32_t pairs[N];
+  for (int64_t i = 0; i < N; ++i) pairs[i] = a[i] | static_cast<uint32_t>(b[i]) << 16;
+  std::memcpy(out, pairs, sizeof(pairs));
+}
+
 template <class I>
 inline void pack_step(const typename I::Elem (*rows)[kPanel<I>], typename I::Elem* out) {
-  for (int64_t l = 0; l < kPanel<I>; ++l)
-    for (int q = 0; q < I::kStep; ++q) out[l * I::kStep + q] = rows[q][l];
+  if constexpr (I::kStep == 2) interleave<kPanel<I>>(rows[0], rows[1], out);
+  else std::memcpy(out, rows[0], sizeof(rows[0]));
 }
 
 }  // namespace

@@ -15,12 +15,18 @@ int64_t row_stride_of_e(int64_t count) {  // never a power of two: rows of a blo
 // Tiles of A = E for `rows` tokens from t, over n entries from v: [rows / kRows][n / kStep][kRows][kStep].
 template <class I>
 void pack_e(const typename I::Elem* e, int64_t lde, int64_t v, int64_t n, int64_t t, int64_t rows, typename I::Elem* out) {
+  using Elem = typename I::Elem;
   constexpr int64_t R = I::kRows, S = I::kStep;
+  static const Elem zeros[kBlockRows] = {};  // stands for the entry that fills the last step
   const int64_t depth = round_up(n, S);
-  for (int64_t k = 0; k < depth; ++k) {
-    const typename I::Elem* row = e + (v + (k < n ? k : 0)) * lde + t;
-    for (int64_t r = 0; r < rows; r += R)
-      for (int64_t i = 0; i < R; ++i) out[r * depth + (k / S * R + i) * S + k % S] = k < n ? row[r + i] : 0;
+  for (int64_t k = 0; k < depth; k += S) {
+    const Elem* first = e + (v + k) * lde + t;
+    const Elem* last = k + S <= n ? first + (S - 1) * lde : zeros;
+    for (int64_t r = 0; r < rows; r += R) {
+      Elem* to = out + r * depth + k * R;
+      if constexpr (S == 2) interleave<R>(first + r, last + r, to);
+      else std::memcpy(to, first + r, sizeof(Elem) * R);
+    }
   }
 }
 
@@ -118,6 +124,20 @@ void forward(const Head& h, const Rows& rows, const Scores& out, const State* st
   if (state->xs) pack_scaled<I>(rows, h.width, *state, threads);
 }
 
+template <class I>
+inline void store_row(const float* row, int64_t columns, const Output& out, int64_t first) {
+  int64_t d = 0;
+  if (out.dtype == kFloat32) {
+    std::memcpy(static_cast<float*>(out.out) + first, row, sizeof(float) * columns);
+    return;
+  }
+  if constexpr (sizeof(typename I::Elem) == 2) {
+    auto* to = static_cast<uint16_t*>(out.out) + first;
+    for (; out.dtype == kBFloat16 && d + I::kWidth <= columns; d += I::kWidth) I::store_element(to + d, I::load(row + d));
+  }
+  for (; d < columns; ++d) store_float(out.out, out.dtype, first + d, row[d]);
+}
+
 // z[rows, columns] of dW, complete: adds what bf16 took from the labels' entries, then writes rows of the output.
 template <class I>
 void write_block(const Head& h, const Rows& rows, const State& state, const Output& out, float* z, int64_t ldz, int64_t v,
@@ -144,8 +164,7 @@ void write_block(const Head& h, const Rows& rows, const State& state, const Outp
       for (int64_t d = 0; d < columns; ++d) row[d] = load_float(out.out, out.dtype, first + d) + out.scale * row[d];
     else
       for (int64_t d = 0; d < columns; ++d) row[d] *= out.scale;
-    if (out.dtype == kFloat32) std::memcpy(static_cast<float*>(out.out) + first, row, sizeof(float) * columns);
-    else for (int64_t d = 0; d < columns; ++d) store_float(out.out, out.dtype, first + d, row[d]);
+    store_row<I>(row, columns, out, first);
   }
 }
 

@@ -45,6 +45,7 @@ class Result:
     grad_hidden: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
+    state: Tensor | None = None  # of cpu.run: the last chunk, whose part of dW and db is still to be made
 
 
 def run(

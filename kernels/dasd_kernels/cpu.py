@@ -2,9 +2,13 @@
 
 `run` has chunked.run's interface. A chunk of C tokens holds E [V, C] in the kernel's element type (fp32, or bf16 where
 the CPU multiplies bf16 and the inputs are), the packed hidden states and their gradient; everything else is small.
+
+The last chunk's part of dW is not computed by `run` but by `head_gradient` from the chunk's State, in backward: there
+the upstream gradient is known, so dW is written once, scaled, in its own dtype. With one chunk no fp32 dW ever exists.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +49,7 @@ def choose(hidden: Tensor, weight: Tensor, asked: str = "") -> str | None:
 
 def run(
     name: str,
+    total: int,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -58,10 +63,17 @@ def run(
     entropy: bool = False,
     rank: bool = False,
 ) -> Result:
-    """chunked.run by the kernels `name`; no label smoothing."""
-    described = describe(name)
-    assert described is not None and not row.label_smoothing
+    """chunked.run by the kernels `name`; no label smoothing. The gradients of weight and bias lack the last chunk's
+    part, which `head_gradient` makes of Result.state; grad_weight is None where that is all. `total`: rows of the call,
+    also those that were left out; the state's size follows from it."""
+    assert describe(name) is not None and not row.label_smoothing
     n, (vocab, width) = len(hidden), weight.shape
+    size = chunk_rows(name, n, vocab, width, workspace_bytes, coefficient is not None)
+    last = max(0, -(-n // size) - 1) * size  # where the last chunk begins
+    head_wanted, state = needs[1] or needs[2], None
+    if coefficient is not None:
+        most = min(chunk_limit(name, vocab, width, workspace_bytes, True), total)
+        state = State(name, most, vocab, width, head_wanted)
     out = Result(
         target=hidden.new_empty(n, dtype=torch.float32),
         nll=hidden.new_empty(n, dtype=torch.float32),
@@ -69,89 +81,157 @@ def run(
         entropy=hidden.new_empty(n, dtype=torch.float32) if entropy else None,
         rank=labels.new_empty(n) if rank else None,
         grad_hidden=hidden.new_empty(n, width) if needs[0] else None,
-        grad_weight=hidden.new_empty(vocab, width, dtype=torch.float32) if needs[1] else None,
+        grad_weight=hidden.new_empty(vocab, width, dtype=torch.float32) if needs[1] and last else None,
         grad_bias=hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None,
+        state=state.memory if state is not None and head_wanted else None,
     )
-    if n == 0 and out.grad_weight is not None:
-        out.grad_weight.zero_()
     inverse = hidden.new_full((n,), 1 / row.temperature, dtype=torch.float32)
     if temperature is not None:
         inverse = 1 / temperature.float()
     flat_bias = None if bias is None else bias.float().contiguous()
-    head = (
-        weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(), address(flat_bias), vocab, width, row.softcap or 0.0,
-    )  # fmt: skip
+    head = describe_head(weight, flat_bias, row.softcap)
     threads = torch.get_num_threads() if n * vocab * width > 1 << 20 else 1
-    size = chunk_rows(n, vocab, width, described, workspace_bytes, coefficient is not None)
-    memory = Memory(min(size, n), vocab, width, described, needs, hidden) if coefficient is not None else None
+    ld = padded(name, width)
+    dx = hidden.new_empty(min(size, n), ld if needs[0] else 0, dtype=torch.float32)
     for begin in range(0, n, size):
         part = slice(begin, min(begin + size, n))
         x, y = hidden[part].contiguous(), labels[part].contiguous()
         factor = None if coefficient is None else coefficient[part].float().contiguous()
-        rows = (
-            x.data_ptr(),
-            DTYPES[x.dtype],
-            len(x),
-            y.data_ptr(),
-            address(inverse[part]),
-            address(factor),
-            row.z_loss,
-        )
-        fields = (out.nll, out.lse, out.entropy, out.rank)
-        scores = tuple(0 if f is None else address(f[part]) for f in fields)
-        if memory is None:
+        rows = describe_rows(x, y, inverse[part], factor, row.z_loss)
+        scores = tuple(0 if f is None else address(f[part]) for f in (out.nll, out.lse, out.entropy, out.rank))
+        if state is None:
             _C.linear_ce_forward(name, head, rows, scores, None, 0, threads)
             continue
-        state = memory.addresses()
-        _C.linear_ce_forward(name, head, rows, scores, state, memory.e_bytes, threads)
+        buffers = state.addresses(address(dx) if needs[0] else 0)
+        _C.linear_ce_forward(name, head, rows, scores, buffers, state.e_bytes, threads)
         if out.grad_hidden is not None:
-            out.grad_hidden[part] = memory.dx.view(-1)[: len(x) * memory.ld].view(len(x), -1)[:, :width]
-        if needs[1] or needs[2]:
+            out.grad_hidden[part] = dx.view(-1)[: len(x) * ld].view(len(x), -1)[:, :width]
+        if head_wanted and begin < last:
             target = (address(out.grad_weight), 0, 0, 1.0, begin > 0, address(out.grad_bias))
-            _C.linear_ce_weight_gradient(name, head, rows, state, target, threads)
+            _C.linear_ce_weight_gradient(name, head, rows, buffers, target, threads)
+    if state is not None:
+        state.close(last, n - last)
     torch.sub(out.lse, out.nll, out=out.target)
     return out
+
+
+def head_gradient(
+    memory: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    partial: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    add: bool,
+    out_bias: Tensor | None,
+) -> None:
+    """out (+)= scale * (partial + the last chunk's part), [V, D] of a dtype of DTYPES; out_bias [V] fp32 += scale *
+    that part. `memory` is Result.state, `partial` grad_weight; hidden and labels are the rows `run` was given."""
+    state = State.reopen(memory, *weight.shape)
+    if not state.count:  # no rows at all
+        if out is not None and not add:
+            out.zero_()
+        return
+    part = slice(state.begin, state.begin + state.count)
+    x, y = hidden[part].contiguous(), labels[part].contiguous()
+    kind = 0 if out is None else DTYPES[out.dtype]
+    previous = address(partial) if state.begin else 0
+    target = (address(out), kind, previous, scale, add, address(out_bias))
+    threads = torch.get_num_threads() if state.count * weight.numel() > 1 << 20 else 1
+    _C.linear_ce_weight_gradient(
+        state.name, describe_head(weight, None, None), describe_rows(x, y, None, None, 0.0), state.addresses(0),
+        target, threads,
+    )  # fmt: skip
+
+
+def describe_head(weight: Tensor, bias: Tensor | None, softcap: float | None) -> tuple[Any, ...]:
+    return (
+        weight.data_ptr(), DTYPES[weight.dtype], *weight.stride(), address(bias), *weight.shape, softcap or 0.0,
+    )  # fmt: skip
+
+
+def describe_rows(
+    x: Tensor, labels: Tensor, inverse: Tensor | None, coefficient: Tensor | None, z_loss: float
+) -> tuple[Any, ...]:
+    return (
+        x.data_ptr(), DTYPES[x.dtype], len(x), labels.data_ptr(), address(inverse), address(coefficient), z_loss,
+    )  # fmt: skip
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def chunk_rows(
-    n: int, vocab: int, width: int, described: tuple[int, int], workspace_bytes: int, gradients: bool
-) -> int:
-    """Tokens of a chunk, about equal over the chunks and whole register tiles."""
-    element, panel = described
+def padded(name: str, count: int) -> int:
+    """`count` in whole register tiles."""
+    described = describe(name)
+    assert described is not None
+    return -(-count // described[1]) * described[1]
+
+
+def chunk_limit(name: str, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
+    """Most tokens of a chunk: what the workspace allows, or less where E would leave the cache."""
+    described = describe(name)
+    assert described is not None
+    element = described[0]
     row_bytes = width * element + vocab // 16  # packed hidden states, and the sums of the vocabulary's parts
     if gradients:
         row_bytes += vocab * element + width * (element + 4)
     limit = max(1, workspace_bytes // row_bytes)
-    if gradients:
-        limit = min(limit, max(CHUNK_ROWS, CACHE_BYTES // (vocab * element)))
+    return min(limit, max(CHUNK_ROWS, CACHE_BYTES // (vocab * element))) if gradients else limit
+
+
+def chunk_rows(name: str, n: int, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
+    """Tokens of a chunk, about equal over the chunks and whole register tiles."""
+    limit = chunk_limit(name, vocab, width, workspace_bytes, gradients)
     even = -(-n // max(1, -(-n // limit)))
-    return max(1, min(limit, -(-even // panel) * panel))
+    return max(1, min(limit, padded(name, even)))
 
 
-class Memory:
-    """The buffers of a chunk, sized as csrc/linear_ce/linear_ce.hpp says; reused by every chunk."""
+def state_bytes(name: str, total: int, vocab: int, width: int, workspace_bytes: int) -> int:
+    """Size of Result.state, from shapes alone."""
+    limit = chunk_limit(name, vocab, width, workspace_bytes, True)
+    return State.layout(name, min(limit, total), vocab, width)[-1]
 
-    def __init__(
-        self,
-        count: int,
-        vocab: int,
-        width: int,
-        described: tuple[int, int],
-        needs: tuple[bool, bool, bool],
-        like: Tensor,
-    ) -> None:
+
+class State:
+    """The buffers of a chunk, sized as csrc/linear_ce/linear_ce.hpp says, in one tensor, [bytes] uint8, that can be
+    kept from forward to backward: 8 int64 of header, factor, hit and hit_saved, xs, E. Every chunk uses it anew."""
+
+    NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+    def __init__(self, name: str, rows: int, vocab: int, width: int, keep: bool, memory: Tensor | None = None):
+        self.name = name
+        self.xs, self.e, size = self.layout(name, rows, vocab, width)
+        self.rows, self.e_bytes, self.has_xs = rows, size - self.e - 64, keep
+        self.memory = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        self.begin = self.count = 0
+
+    @staticmethod
+    def layout(name: str, rows: int, vocab: int, width: int) -> tuple[int, int, int]:
+        """Where xs and E begin, and the size in all."""
+        described = describe(name)
+        assert described is not None
         element, panel = described
-        tokens, self.ld = -(-count // panel) * panel, -(-width // panel) * panel
-        self.e_bytes = vocab * (tokens * element + 64)
-        self.e = like.new_empty(self.e_bytes + 64, dtype=torch.uint8)
-        self.xs = like.new_empty(self.ld * (tokens + 1) * element if needs[1] else 0, dtype=torch.uint8)
-        self.dx = like.new_empty(count, self.ld if needs[0] else 0, dtype=torch.float32)
-        self.rows = like.new_empty(3, count, dtype=torch.float32)  # factor, hit, hit_saved
+        tokens = -(-rows // panel) * panel
+        xs = 64 + -(-12 * rows // 64) * 64
+        e = xs + -(-padded(name, width) * (tokens + 1) * element // 64) * 64
+        return xs, e, e + vocab * (tokens * element + 64) + 64
 
-    def addresses(self) -> tuple[int, ...]:
-        buffers = (self.e, self.xs, self.dx, *self.rows)
-        return tuple(b.data_ptr() if b.numel() else 0 for b in buffers)
+    def addresses(self, dx: int) -> tuple[int, ...]:
+        base, step = self.memory.data_ptr(), 4 * self.rows
+        factors = (base + 64 + i * step for i in range(3))
+        return (base + self.e, base + self.xs if self.has_xs else 0, dx, *factors)
+
+    def close(self, begin: int, count: int) -> None:
+        """Note what the last chunk was."""
+        values = [self.NAMES.index(self.name), self.rows, begin, count]
+        self.memory[:32].view(torch.int64).copy_(torch.tensor(values))
+
+    @classmethod
+    def reopen(cls, memory: Tensor, vocab: int, width: int) -> "State":
+        name, rows, begin, count = memory[:32].view(torch.int64).tolist()
+        state = cls(cls.NAMES[name], rows, vocab, width, True, memory)
+        state.begin, state.count = begin, count
+        return state

@@ -5,28 +5,28 @@
     loss.backward()
 
 The gradients of "mean" and "sum" are computed with the loss (three products of 2NDV FLOPs) and scaled in
-backward; "none" computes them in backward (four products), when the upstream gradients are known.
-On CPUs with AVX2 the work is done by csrc/linear_ce (cpu.py), elsewhere and with label smoothing by chunked.py.
-DASD_KERNELS=reference selects the plain definition, =chunked plain torch by chunks, and portable, avx2, avx512 or
-avx512_bf16 one of the C++ kernels.
+backward; "none" computes them in backward (four products), when the upstream gradients are known. On a CPU the last
+chunk's part of the weight's gradient waits for backward as well (cpu.py says why). dispatch.py chooses what computes.
 """
 
-import functools
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dasd_kernels import chunked, cpu, reference
-from dasd_kernels.chunked import Result, Row
-
-try:
-    from dasd_kernels import triton_ce
-except ImportError:  # Triton is not built for this platform: only CPUs are served
-    triton_ce = None  # type: ignore[assignment]
-
-DEFAULT_WORKSPACE = 128 << 20
+from dasd_kernels import cpu, reference
+from dasd_kernels.chunked import Row
+from dasd_kernels.dispatch import (
+    backend,
+    check_inputs,
+    compute,
+    cpu_kernels,
+    default_workspace,
+    on_triton,
+    take,
+    valid_rows,
+)
 
 
 def linear_cross_entropy(
@@ -93,133 +93,6 @@ def linear_cross_entropy(
     return loss
 
 
-def backend() -> str:
-    return os.environ.get("DASD_KERNELS", "")
-
-
-def on_triton(hidden: Tensor) -> bool:
-    return triton_ce is not None and backend() == "" and triton_ce.wanted(hidden)
-
-
-def default_workspace(hidden: Tensor) -> int:
-    return triton_ce.WORKSPACE if on_triton(hidden) else DEFAULT_WORKSPACE
-
-
-def check_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    temperature: float | Tensor,
-) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if type(tensor).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} is a DTensor: pass {name}.full_tensor(), or call the loss while FSDP holds it gathered"
-            )
-        if tensor is not None and not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-    if weight.numel() == 0:
-        raise ValueError(
-            f"weight is empty, {list(weight.shape)}: gather it first (ZeRO-3: deepspeed.zero.GatheredParameters)"
-        )
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is [N, D] and weight [V, D] of one D; got {list(hidden.shape)} and {list(weight.shape)}"
-        )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels is int64 [N] with N = {hidden.shape[0]}; got {labels.dtype} {list(labels.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is [V] with V = {weight.shape[0]}; got {list(bias.shape)}")
-    for name, value in (("token_weight", token_weight), ("temperature", temperature)):
-        if isinstance(value, Tensor) and value.shape != labels.shape:
-            raise ValueError(f"{name} is [N] with N = {hidden.shape[0]}; got {list(value.shape)}")
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature is a constant here: pass temperature.detach()")
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-
-
-def valid_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
-    """Indices of the rows to compute, or None for all of them. On CPU also checks the labels; elsewhere every
-    row is computed and ignored ones masked, since their number is not known without waiting for the device."""
-    if labels.device.type != "cpu":
-        return None
-    valid = labels != ignore_index
-    bad = valid & ((labels < 0) | (labels >= vocab))
-    if bad.any():
-        index = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"labels[{index}] = {int(labels[index])} is outside [0, {vocab}) and is not ignore_index = {ignore_index}"
-        )
-    return None if valid.all() else valid.nonzero()[:, 0]
-
-
-def take(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
-
-
-def spread(values: Tensor, rows: Tensor | None, n: int, fill: float = 0.0) -> Tensor:
-    """Per computed row -> per token."""
-    if rows is None:
-        return values
-    return torch.full((n, *values.shape[1:]), fill, dtype=values.dtype).index_copy_(0, rows, values)
-
-
-def compute(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor | None,
-    row: Row,
-    ignore_index: int,
-    workspace_bytes: int,
-    coefficient: Tensor | None = None,
-    needs: tuple[bool, bool, bool] = (False, False, False),
-    entropy: bool = False,
-    rank: bool = False,
-) -> Result:
-    """Run the device's backend on the valid rows and put its results, [N], where they belong."""
-    vocab = len(weight)
-    if temperature is not None and temperature.device.type == "cpu" and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature must be positive; its smallest entry is {float(temperature.min())}")
-    if on_triton(hidden) and triton_ce.supports(hidden, weight, row, coefficient is not None):
-        return triton_ce.run(
-            hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,
-            coefficient=coefficient, needs=needs, entropy=entropy, rank=rank,
-        )  # fmt: skip
-    rows = valid_rows(labels, ignore_index, vocab)
-    safe = take(labels, rows) if rows is not None else labels.clamp(0, vocab - 1)
-    assert safe is not None
-    x, t, c = take(hidden, rows), take(temperature, rows), take(coefficient, rows)
-    assert x is not None
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ValueError(f"hidden must be bf16, fp16, fp32 or fp64, not {x.dtype}")
-    asked = backend()
-    name = None if asked == "chunked" or row.label_smoothing else cpu.choose(x, weight, asked)
-    run = chunked.run if name is None else functools.partial(cpu.run, name)
-    r = run(x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank)
-    n = len(labels)
-    if labels.device.type == "cpu":
-        fields = [r.target, r.nll, r.lse, r.mean, r.entropy]
-        target, nll, lse, mean, chaos = (None if f is None else spread(f, rows, n) for f in fields)
-    else:
-        ignored = labels == ignore_index
-        lost = ~ignored & ((labels < 0) | (labels >= vocab))
-        fields = [r.target, r.nll.masked_fill(lost, float("nan")), r.lse, r.mean, r.entropy]
-        target, nll, lse, mean, chaos = (None if f is None else f.masked_fill(ignored, 0) for f in fields)
-    assert target is not None and nll is not None and lse is not None
-    return Result(
-        target, nll, lse, mean, chaos,
-        None if r.rank is None else spread(r.rank, rows, n, -1).masked_fill(labels == ignore_index, -1),
-        None if r.grad_hidden is None else spread(r.grad_hidden, rows, n),
-        r.grad_weight, r.grad_bias,
-    )  # fmt: skip
-
-
 def row_weights(
     labels: Tensor, token_weight: Tensor | None, ignore_index: int, reduction: str, dtype: torch.dtype
 ) -> Tensor:
@@ -250,8 +123,9 @@ def linear_ce(
     temperature_all: float,
     workspace_bytes: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and, for "mean" and "sum", its gradients for a unit upstream gradient (empty where not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss and, for "mean" and "sum", for a unit upstream gradient: dX, and dW and db or what head_gradient makes them
+    of (empty where not needed)."""
     row = Row(softcap or None, temperature_all, label_smoothing, z_loss)
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = row_weights(labels, token_weight, ignore_index, reduction, acc)
@@ -267,13 +141,23 @@ def linear_ce(
     if z_loss:
         loss += z_loss * r.lse.square()
     loss *= weights
-    nothing = hidden.new_empty(0)
+    nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
+    partial = r.grad_weight
+    if partial is None and now and needs[1] and whole_or_partial(hidden, weight, label_smoothing, workspace_bytes):
+        partial = hidden.new_empty(weight.shape, dtype=acc)  # never touched: fewer rows are valid than shapes tell
     return (
         loss if reduction == "none" else loss.sum(),
-        nothing if r.grad_hidden is None else r.grad_hidden,
-        hidden.new_empty(0) if r.grad_weight is None else r.grad_weight,
-        hidden.new_empty(0) if r.grad_bias is None else r.grad_bias,
+        nothing() if r.grad_hidden is None else r.grad_hidden,
+        nothing(acc) if partial is None else partial,
+        nothing(acc) if r.grad_bias is None else r.grad_bias,
+        nothing(torch.uint8) if r.state is None else r.state,
     )
+
+
+def whole_or_partial(hidden: Tensor, weight: Tensor, label_smoothing: float, workspace_bytes: int) -> bool:
+    """Whether linear_ce returns a [V, D] gradient: always, unless one chunk's State stands for all of it."""
+    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, label_smoothing)
+    return name is None or len(hidden) > cpu.chunk_limit(name, weight.shape[0], weight.shape[1], workspace_bytes, True)
 
 
 @linear_ce.register_fake
@@ -283,12 +167,19 @@ def _(
 ):  # fmt: skip
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     now = reduction != "none"
-    nothing = lambda: hidden.new_empty(0)  # noqa: E731
+    nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
+    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, label_smoothing)
+    state = nothing(torch.uint8)
+    if name is not None and now and (needs[1] or needs[2]):
+        size = cpu.state_bytes(name, labels.shape[0], weight.shape[0], weight.shape[1], workspace_bytes)
+        state = hidden.new_empty(size, dtype=torch.uint8)
+    whole = now and needs[1] and whole_or_partial(hidden, weight, label_smoothing, workspace_bytes)
     return (
         hidden.new_empty(labels.shape if reduction == "none" else (), dtype=acc),
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if now and needs[0] else nothing(),
-        hidden.new_empty(weight.shape, dtype=acc) if now and needs[1] else nothing(),
-        hidden.new_empty(weight.shape[0], dtype=acc) if now and needs[2] else nothing(),
+        hidden.new_empty(weight.shape, dtype=acc) if whole else nothing(acc),
+        hidden.new_empty(weight.shape[0], dtype=acc) if now and needs[2] else nothing(acc),
+        state,
     )
 
 
@@ -308,14 +199,18 @@ def linear_ce_gradients(
     workspace_bytes: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum(coefficient * loss), coefficient [N]: what backward needs for reduction "none"."""
+    """Gradients of sum(coefficient * loss), coefficient [N]: what backward needs for reduction "none". dW and db in
+    the accumulation dtype."""
     row = Row(softcap or None, temperature_all, label_smoothing, z_loss)
     r = compute(
         hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,
         coefficient, (needs[0], needs[1], needs[2]),
     )  # fmt: skip
-    found = (r.grad_hidden, r.grad_weight, r.grad_bias)
-    dx, dw, db = (hidden.new_empty(0) if g is None else g for g in found)
+    dw, db = r.grad_weight, r.grad_bias
+    if r.state is not None:
+        partial, dw = dw, hidden.new_empty(weight.shape, dtype=coefficient.dtype) if needs[1] else None
+        finish_head(hidden, weight, labels, partial, r.state, ignore_index, 1.0, dw, db, add=False)
+    dx, dw, db = (hidden.new_empty(0) if g is None else g for g in (r.grad_hidden, dw, db))
     return dx, dw, db
 
 
@@ -332,10 +227,58 @@ def _(
     )
 
 
-@torch.library.custom_op("dasd_kernels::add_scaled", mutates_args=("total",))
-def add_scaled(total: Tensor, gradient: Tensor, scale: Tensor) -> None:
-    """total += scale * gradient, without a temporary."""
-    total.addcmul_(gradient, scale)
+@torch.library.custom_op("dasd_kernels::head_gradient", mutates_args=("total",))
+def head_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    partial: Tensor,
+    partial_bias: Tensor,
+    state: Tensor,
+    scale: Tensor,
+    total: Tensor | None,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """scale * dW, rounded once to weight's dtype or added to `total`, and scale * db, from linear_ce's results."""
+    dw = weight.new_empty(weight.shape) if needs[1] and total is None else None
+    db = partial_bias * scale if needs[2] else None
+    out = (dw if total is None else total) if needs[1] else None
+    if state.numel():
+        whole = partial if partial.numel() else None
+        finish_head(hidden, weight, labels, whole, state, ignore_index, float(scale), out, db, add=total is not None)
+    elif out is not None:
+        for part in slabs(weight):
+            if total is not None:
+                total[part].addcmul_(partial[part], scale)
+            else:
+                out[part] = partial[part] * scale
+    return hidden.new_empty(0) if dw is None else dw, hidden.new_empty(0) if db is None else db
+
+
+@head_gradient.register_fake
+def _(hidden, weight, labels, partial, partial_bias, state, scale, total, ignore_index, needs):
+    return (
+        weight.new_empty(weight.shape if needs[1] and total is None else (0,)),
+        partial_bias.new_empty(weight.shape[0]) if needs[2] else hidden.new_empty(0),
+    )
+
+
+def finish_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, partial: Tensor | None, state: Tensor, ignore_index: int,
+    scale: float, out: Tensor | None, out_bias: Tensor | None, *, add: bool,
+) -> None:  # fmt: skip
+    """cpu.head_gradient for all rows of a call, ignored ones among them."""
+    rows = valid_rows(labels, ignore_index, len(weight))
+    x, y = take(hidden, rows), take(labels, rows)
+    assert x is not None and y is not None
+    cpu.head_gradient(state, x, weight, y, partial, scale, out, add, out_bias)
+
+
+def slabs(weight: Tensor) -> Iterator[slice]:
+    """Rows of about 4 M elements, so that a scaled copy takes no [V, D] temporary."""
+    size = max(1, (4 << 20) // max(1, weight.shape[1]))
+    return (slice(begin, begin + size) for begin in range(0, len(weight), size))
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -344,38 +287,42 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, *gradients = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*gradients)
-    ctx.needs, ctx.reduction, ctx.ignore_index = needs, reduction, ignore_index
-    ctx.total = total
-    ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+    ctx.needs, ctx.reduction, ctx.ignore_index, ctx.total = needs, reduction, ignore_index, total
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.row = (ignore_index, z_loss, label_smoothing, softcap, temperature_all, workspace_bytes)
     if reduction == "none":
         ctx.save_for_backward(hidden, weight, labels, bias, token_weight, temperature)
     else:
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(hidden, weight, labels, *gradients)
 
 
 def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx = dw = db = None
-    if upstream is not None:
-        if ctx.reduction == "none":
-            hidden, weight, labels, bias, token_weight, temperature = ctx.saved_tensors
-            weights = row_weights(labels, token_weight, ctx.ignore_index, "none", upstream.dtype)
-            found = linear_ce_gradients(
-                hidden, weight, labels, bias, weights * upstream, temperature, *ctx.row, ctx.needs
-            )
-            scale = torch.ones((), dtype=upstream.dtype, device=upstream.device)
-        else:
-            found, scale = ctx.saved_tensors, upstream
-        unit_dx, unit_dw, unit_db = found
-        if ctx.needs[0]:
-            dx = (unit_dx * scale).to(unit_dx.dtype)
-        if ctx.needs[1] and ctx.total is not None:
-            add_scaled(ctx.total, unit_dw, scale)
-        elif ctx.needs[1]:
-            dw = (unit_dw * scale).to(ctx.dtypes[0])
-        if ctx.needs[2]:
-            db = (unit_db * scale).to(ctx.dtypes[1])
-    return dx, dw, None, db, *(None,) * 11
+    if upstream is None:
+        return (None,) * 15
+    if ctx.reduction == "none":
+        hidden, weight, labels, bias, token_weight, temperature = ctx.saved_tensors
+        weights = row_weights(labels, token_weight, ctx.ignore_index, "none", upstream.dtype)
+        dx, partial, partial_bias = linear_ce_gradients(
+            hidden, weight, labels, bias, weights * upstream, temperature, *ctx.row, ctx.needs
+        )
+        scale = torch.ones((), dtype=upstream.dtype, device=upstream.device)
+        state = hidden.new_empty(0, dtype=torch.uint8)
+    else:
+        hidden, weight, labels, dx, partial, partial_bias, state = ctx.saved_tensors
+        scale = upstream
+        dx = (dx * scale).to(dx.dtype)
+    dw = db = None
+    if ctx.needs[1] or ctx.needs[2]:
+        dw, db = head_gradient(
+            hidden, weight, labels, partial, partial_bias, state, scale, ctx.total, ctx.ignore_index, ctx.needs
+        )
+    return (
+        dx if ctx.needs[0] else None,
+        dw if ctx.needs[1] and ctx.total is None else None,
+        None,
+        db.to(ctx.bias_dtype) if db is not None and ctx.needs[2] else None,
+        *(None,) * 11,
+    )
 
 
 linear_ce.register_autograd(backward, setup_context=setup_context)

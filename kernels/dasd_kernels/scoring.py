@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dasd_kernels import reference
 from dasd_kernels.chunked import Row
-from dasd_kernels.linear_ce import backend, check_inputs, compute
+from dasd_kernels.dispatch import backend, check_inputs, compute
 from dasd_kernels.reference import RatioScores, TokenScores
 
 SCORE_WORKSPACE = 48 << 20

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dasd_kernels.linear_ce import on_triton, triton_ce
+from dasd_kernels.dispatch import on_triton, triton_ce
 from dasd_kernels.reference import SegmentScores
 
 
