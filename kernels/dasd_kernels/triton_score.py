@@ -1,7 +1,7 @@
 # mypy: allow-incomplete-defs, allow-untyped-defs
 """The pivoted-exponential GEMM: per-row sums of exp(logits - pivot) of a head, without the logits (Triton).
 
-    r_i = max(z[i, y_i], max over 256 sampled columns)                   pivot_kernel, 0.3 % of the work
+    r_i = max(z[i, y_i], max over 256 sampled columns)                   pivot_kernel, 320 of V columns' work
     S_i = sum_j exp2((z_ij - r_i) log2e), optionally sum e t, ranks, E    exp_kernel, 2NDV FLOPs
 
 A pivot that is merely near the row's largest logit is enough, since fp32 and bf16 span 2^±126: the tiles of a row are
@@ -12,11 +12,14 @@ about 16 row blocks and every part, whose hidden states (16 x BM x D) stay in L2
 
 Bytes, besides E: hidden once and the head once for every ~16 row blocks from HBM; partials, 4-16 bytes a row and
 part. Column masks and the target's pick run only in tiles that need them; an element of any other tile costs a
-multiply-add, an exp2 and an add (one more multiply-add under a bias, seven instructions under a softcap).
+multiply-add, an exp2 and an add (more under a bias or a softcap: the report counts them).
 
-Only compiled, never timed, here: `python -m dasd_kernels.compile_report` prints what came out. On sm_90+ operands
-come by TMA descriptors; elsewhere, and where the strides or alignment forbid TMA, by pointers. fp32 operands are
-multiplied as three TF32 products. The interpreter reads bf16 operands of tl.dot as integers, so under
+Only compiled, never timed, here (`python -m dasd_kernels.compile_report`). With triton 3.7.1, bf16 on sm_90: 254
+registers, no stack, 147 KB of shared memory, 4 HGMMA and 77 other instructions a pass of the loop over D (4.2 MFLOP),
+1659 beside it a 128 x 256 tile of 168 MFLOP at D = 2560; storing E, 128 x 128, 202 registers, 84 and 1044.
+
+On sm_90+ operands come by TMA descriptors; elsewhere, and where the strides or alignment forbid TMA, by pointers. fp32
+operands are multiplied as three TF32 products. The interpreter reads bf16 operands of tl.dot as integers, so under
 TRITON_INTERPRET=1, and only there, operands are widened to fp32 (constexpr WIDEN).
 """
 
@@ -47,13 +50,12 @@ def exp_tile(dtype: torch.dtype, arch: str, store: bool, options: bool, aligned:
     """By arithmetic: a 128 x 256 tile reads 48 KB a step for 4.2 MFLOP, the least L2 traffic whose fp32 accumulator
     fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only sums
     without `options` (bias, softcap, entropy, rank) leave room for it, and only there: the other epilogues spill at
-    that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3
-    holds every operand twice. Without alignment the addresses and masks of narrow loads take the registers: a small
-    tile, and slow."""
+    that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3 holds every operand
+    twice. Without alignment the addresses and masks of narrow loads take the registers: a small tile, and slow."""
     fp32, amd = dtype == torch.float32, arch.startswith("gfx")
     chip = 0 if amd else int(arch.removeprefix("sm_"))
     if not aligned:
-        return Tile(32, 32, 32, 4, 2) if fp32 else Tile(64, 32, 32, 4, 2)
+        return Tile(64, 32, 32, 8 if fp32 else 4, 2) if chip >= 90 or not fp32 else Tile(32, 32, 32, 4, 2)
     if fp32:
         return Tile(64, 64 if amd or chip >= 90 else 32, 32, 4, 2)
     if amd:
@@ -62,6 +64,14 @@ def exp_tile(dtype: torch.dtype, arch: str, store: bool, options: bool, aligned:
     if chip < 90:
         return Tile(128, columns, 32, 8, 3)
     return Tile(128, 256 if chip // 10 == 9 and not store and not options else columns, 64, 8, 3)
+
+
+def pivot_tile(dtype: torch.dtype, arch: str, aligned: bool) -> Tile:
+    """Rows, as many columns, and depth of the pivot's products; wgmma and tcgen05 take 64 rows at least."""
+    if dtype != torch.float32:
+        return Tile(64, 64, 64 if aligned else 32, 4, 2)
+    old = arch.startswith("gfx") or int(arch.removeprefix("sm_")) < 90
+    return Tile(32, 32, 32, 4, 2) if old else Tile(64, 64, 32, 8, 2)
 
 
 def splits(vocab: int) -> int:
@@ -262,6 +272,17 @@ def tma_ready(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and row_bytes > 0
 
 
+def has_tma(arch: str, dtype: torch.dtype) -> bool:
+    return not arch.startswith("gfx") and int(arch.removeprefix("sm_")) >= 90 and dtype != torch.float32
+
+
+def descriptor(tensor: Tensor, rows: int, depth: int) -> object:
+    """TMA's view of a matrix, in boxes of [rows, depth]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, depth])
+
+
 def interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
@@ -308,28 +329,25 @@ class Rows:
 
 def find_pivot(head: Head, c: Rows) -> None:
     n, (vocab, width) = len(c.hidden), head.weight.shape
-    bm, bk, warps = (32, 32, 4) if head.weight.dtype == torch.float32 else (64, 64, 4)
-    pivot_kernel[(triton.cdiv(n, bm),)](
+    aligned = tma_ready(c.hidden) and tma_ready(head.weight) and width % 64 == 0
+    tile = pivot_tile(head.weight.dtype, head.arch, aligned)
+    pivot_kernel[(triton.cdiv(n, tile.bm),)](
         c.hidden, head.weight, head.bias, c.label, c.inverse, c.pivot, c.reference, c.count, c.begin, n, vocab, width,
         *c.hidden.stride(), *head.weight.stride(), head.softcap,
-        SAMPLES=SAMPLES, BM=bm, BK=bk, EVEN=width % bk == 0, num_warps=warps, num_stages=2, **head.switches(),
+        SAMPLES=SAMPLES, BM=tile.bm, BK=tile.bk, EVEN=width % tile.bk == 0, num_warps=tile.warps,
+        num_stages=tile.stages, **head.switches(),
     )  # fmt: skip
 
 
 def sum_exponentials(head: Head, c: Rows, mode: str, retry: bool) -> None:
     n, (vocab, width) = len(c.hidden), head.weight.shape
     options = head.bias is not None or head.softcap > 0 or head.entropy or head.rank
-    tma = not head.arch.startswith("gfx") and int(head.arch.removeprefix("sm_")) >= 90
-    tma = tma and head.weight.dtype != torch.float32
+    tma = has_tma(head.arch, head.weight.dtype)
     aligned = tma_ready(c.hidden) and tma_ready(head.weight) and (tma or width % 64 == 0)
     tma = tma and aligned
     tile = exp_tile(head.weight.dtype, head.arch, mode == "store", options, aligned)
-    x, w = c.hidden, head.weight
-    if tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        x = TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.bm, tile.bk])
-        w = TensorDescriptor(w, list(w.shape), list(w.stride()), [tile.bn, tile.bk])
+    x = descriptor(c.hidden, tile.bm, tile.bk) if tma else c.hidden
+    w = descriptor(head.weight, tile.bn, tile.bk) if tma else head.weight
     plain = mode != "max"
     exp_kernel[(triton.cdiv(n, tile.bm) * splits(vocab),)](
         x, w, head.bias, c.label, c.inverse, c.pivot, c.reference, c.poison, c.count, c.begin,

@@ -102,7 +102,7 @@ def check_gradients(hidden, weight, labels, k, *, bias=None, coefficient=None, w
 @pytest.mark.parametrize("vocab", [2, 127, 1000, 2307])
 def test_scores_within_1e5_nats(dtype, vocab):
     """2307 takes three parts of the vocabulary with a ragged end, as 50257 and 151936 take sixteen."""
-    check_scores(*make(37, 24, vocab, dtype, ignored=0.3))
+    check_scores(*make(37, 64, vocab, dtype, ignored=0.3))
 
 
 @pytest.mark.parametrize("n", [0, 1, 64, 129])
@@ -131,7 +131,7 @@ def test_options_of_the_logits(softcap, each, biased):
 def test_gradients(dtype, loss, vocab):
     """k = 3 in fp32, where only the order of sums differs; 0.6 in bf16, or 1 for dX, which is rounded."""
     bias = torch.randn(vocab, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    check_gradients(*make(50, 24, vocab, dtype, ignored=0.3), k=3 if dtype == torch.float32 else 0.6, bias=bias, **loss)
+    check_gradients(*make(50, 64, vocab, dtype, ignored=0.3), k=3 if dtype == torch.float32 else 0.6, bias=bias, **loss)
 
 
 def test_the_residual_makes_the_labels_part_of_the_gradient_exact():
@@ -162,7 +162,7 @@ def test_logits_far_from_zero(level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_far_above_the_pivot_are_computed_again(gap, dtype):
     """Column 999 of 1100 is no sample (those are floor(1100 i / 256)) and no label; only some rows reach it."""
-    hidden, weight, labels = make(70, 16, 1100, dtype, scale=0.5)
+    hidden, weight, labels = make(70, 64, 1100, dtype, scale=0.5)
     labels[labels == 999] = 5
     hidden[:, 0] = 0
     hidden[7, 0] = hidden[66, 0] = 4
@@ -173,7 +173,7 @@ def test_rows_far_above_the_pivot_are_computed_again(gap, dtype):
 
 
 def test_a_raised_pivot_leaves_the_other_rows_bits():
-    hidden, weight, labels = make(100, 16, 1100, scale=0.5)
+    hidden, weight, labels = make(100, 64, 1100, scale=0.5)
     hidden[:, 0] = 0
     weight[999, 0] = 100
     calm = run(hidden, weight, labels)
@@ -228,7 +228,7 @@ def test_heads_off_their_alignment():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_bits_depend_on_its_own_inputs(dtype):
-    hidden, weight, labels = make(200, 24, 1100, dtype)
+    hidden, weight, labels = make(200, 64, 1100, dtype)
     if DEVICE == "cpu":
         hidden, weight = (2 * hidden).round(), (2 * weight).round() / 8
     whole = run(hidden, weight, labels, entropy=True, rank=True)
@@ -241,8 +241,8 @@ def test_a_rows_bits_depend_on_its_own_inputs(dtype):
 
 
 def test_chunks_repeat_and_leave_the_scores_bits():
-    inputs = make(200, 16, 300, torch.bfloat16, ignored=0.2)
-    kw = {"coefficient": torch.ones(200, device=DEVICE), "needs": (True, True, False)}
+    inputs = make(150, 16, 300, torch.bfloat16, ignored=0.2)
+    kw = {"coefficient": torch.ones(150, device=DEVICE), "needs": (True, True, False)}
     one, again, many = run(*inputs, **kw), run(*inputs, **kw), run(*inputs, workspace=1, **kw)
     for name in ("nll", "grad_hidden", "grad_weight"):
         assert torch.equal(getattr(one, name), getattr(again, name))
@@ -294,13 +294,13 @@ class Guarded:
             assert (edge.isnan() if edge.is_floating_point() else edge == 77).all(), "a write beyond the end"
 
 
-@pytest.mark.parametrize("vocab", [127, 1100])
+@pytest.mark.parametrize("vocab, width", [(127, 19), (1100, 64), (300, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_outside_the_tensors_is_read_into_results_or_written(vocab, dtype, monkeypatch):
+def test_nothing_outside_the_tensors_is_read_into_results_or_written(vocab, width, dtype, monkeypatch):
     """Inputs and every buffer that `run` makes lie between guards, and buffers start as NaN: a value read from a
     guard, or before it was written, would make a result NaN."""
     guard = Guarded()
-    hidden, weight, labels = make(100, 19, vocab, dtype, ignored=0.75)
+    hidden, weight, labels = make(100, width, vocab, dtype, ignored=0.75)
     bias = guard(torch.linspace(-1, 1, vocab, device=DEVICE))
     real_empty, real_zeros = torch.empty, torch.zeros
     with monkeypatch.context() as patch:
