@@ -70,7 +70,8 @@ _TOOL_CALL = re.compile(
 _HARMONY = re.compile(r"(<\|(?:start|channel|message|constrain|end|return|call)\|>)")
 
 _NGRAM = 16  # units
-_UNIT = re.compile(r"[A-Za-z]{1,16}|\S")  # a word; else one character, so that scripts without spaces have units too
+# A word; else one character, so that scripts without spaces, and words without an end, have units too.
+_UNIT = re.compile(r"[A-Za-z]{1,16}+(?![A-Za-z])|\S")
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,6 @@ def _with_bar(path: Path, total: int, quiet: bool) -> Iterator[tuple[int, dict[s
     )  # fmt: skip
     with bar:
         work = bar.add_task("", total=total)
-        for number, row in read_rows(path):
+        for number, row in read_rows(path, without=("token_ids", "logprobs", "token_ends")):
             yield number, row
             bar.advance(work)

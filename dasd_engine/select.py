@@ -30,7 +30,7 @@ from typing import Any
 from dasd_engine.chat import Chat
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Filters, Repetition, normalise
-from dasd_engine.records import OutputDirectory, read_finished, read_json, write_json
+from dasd_engine.records import ASKED, LOCK, OutputDirectory, read_finished, read_json, write_json
 from dasd_engine.scored import Pool, read_scores
 from dasd_engine.selection import RULES, Candidate, choose
 from dasd_engine.selection_report import render, report
@@ -78,10 +78,14 @@ def select(
     }
     with OutputDirectory(out, asked) as output:
         if output.manifest is None:
-            pool = Pool(filters, chat, temperature)
-            for one in inputs:
-                pool.add(one.candidates, read_scores(one.scores, beta, alpha), quiet)
-            _write(output, pool, inputs, rule, seed)
+            try:
+                pool = Pool(filters, chat, temperature)
+                for one in inputs:
+                    pool.add(one.candidates, read_scores(one.scores, beta, alpha), quiet)
+                _write(output, pool, inputs, rule, seed)
+            except InputError:
+                _forget(output)
+                raise
         elif not quiet:
             print(f"{output.path}: already selected from these scores, nothing to do")
         if not quiet:
@@ -163,6 +167,12 @@ def _write(output: OutputDirectory, pool: Pool, inputs: Sequence[_Input], rule: 
     output.finish({"counts": counts, "sources": sources, "versions": _versions()})
 
 
+def _forget(output: OutputDirectory) -> None:
+    """Let a run that wrote nothing be followed by one with what was wrong put right."""
+    if {path.name for path in output.path.iterdir()} <= {ASKED, LOCK}:
+        (output.path / ASKED).unlink()
+
+
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -238,7 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     add, r = parser.add_argument, Repetition()
     add("scores", nargs="+", metavar="SCORES", help="directories written by dasd_engine.score")
     add("--out", required=True, metavar="DIR", help="the directory to write")
-    add("--rule", choices=RULES, default="teacher_count", help="see docs/selection.md (%(default)s)", metavar="RULE")
+    rules = f"one of {', '.join(RULES)} (%(default)s)"
+    add("--rule", choices=RULES, default="teacher_count", metavar="RULE", help=rules)
     add("--beta", type=float, default=0.1, help="a teacher sentence has p_T - p_S above this (%(default)s)")
     add("--alpha", type=float, default=0.1, help="with a distilled model: shared sentences differ less (%(default)s)")
     add("--temperature", type=float, metavar="T", help="only candidates of this one (default: all, each for itself)")
