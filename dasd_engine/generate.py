@@ -2,28 +2,47 @@
 
     responses = generate(model, prompts, max_new_tokens=512, temperature=0.6, stop_ids=chat.stop_ids, seed=1)
 
-Prompts are prefilled as packs; then every running request advances one token a step over a key-value cache. A
-request that ends leaves the batch and a waiting one takes its row, so short responses never wait for long ones.
+    for index, response in generate_stream(model, (Prompt(ids, 512, How(seed=s)) for ids, s in ...), stop_ids=...):
+        ...                                                     # each as it ends; prompts are taken as rows fall free
 
-What a request draws depends on (seed, its index, step) and on nothing else: the same prompt gives the same response
-in any batch and next to any neighbours, up to the rounding of the matrix products.
+Prompts are prefilled as packs, one that is asked for several times only once; then every running request advances one
+token a step over a key-value cache. A request that ends leaves the batch and a waiting one takes its row, so short
+responses never wait for long ones.
+
+What a request draws depends on its prompt and its `How` and on nothing else: the same request gives the same tokens
+in any batch and next to any neighbours. On a CPU the logprobs are the same bits too, because what the kernels there
+round differently is kept from them. Measured with torch 2.13, fp32 and bf16, one and two threads, the last bit changes
+with fewer rows in a matrix product than four a thread; in the elements after the last whole vector of 16; and in
+attention with cache widths around 256, or with three queries, whose scratch memory is unaligned. So rows, widths and
+queries are filled up. On a GPU, where the kernel itself may depend on the number of rows, that number is held fixed
+and every prompt is prefilled alone.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dasd_engine.attention import attention
+from dasd_engine.draw import How, draw
 from dasd_engine.errors import InputError
 from dasd_engine.model import Block, Decoder
 
-_PREFILL_TOKENS = 16384  # of one prefill pack; a longer prompt goes alone
-_CACHE_BLOCK = 64  # the cache grows, and is read, in multiples of this many tokens
+_PREFILL_TOKENS = 16384  # of one prefill pack on a CPU; a longer prompt goes alone
+_VECTOR = 16  # fp32 numbers of the widest vector: sizes are multiples of it
+_CPU_QUERIES = 8  # attention on a CPU gets a multiple of so many: others leave its scratch memory unaligned
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue, at least one, by at most `max_new_tokens`, sampled as `how` says."""
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    how: How = How()
 
 
 @dataclass
@@ -36,7 +55,6 @@ class Generation:
     finish_reason: str = ""
 
 
-@torch.inference_mode()
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -54,9 +72,7 @@ def generate(
 
     Args:
         prompts: token ids, each prompt at least one. For several samples of a prompt repeat it.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_p: the smallest set of likeliest tokens whose probability (after temperature) reaches it; 1 for all.
-        top_k: that many likeliest tokens; 0 for all.
+        temperature, top_p, top_k: see `draw.How`. What prompt i draws depends on (seed, i, step).
         stop_ids: tokens that end a response.
         batch_size: requests advanced together; each holds a row of the cache.
         on_finish: called with the index of a prompt and its response when it ends.
@@ -67,92 +83,169 @@ def generate(
     Raises:
         InputError: naming the prompt or the option that is wrong.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
-    sampler = _Sampler(temperature, top_p, top_k, seed)
+    requests = [
+        Prompt(tokens, max_new_tokens, How(temperature, top_p, top_k, seed, i)) for i, tokens in enumerate(prompts)
+    ]
+    for i, request in enumerate(requests):  # before any work is done
+        _check(model, i, request)
     results = [Generation() for _ in prompts]
-    waiting = list(range(len(prompts)))[::-1]
-    running: list[int] = []  # request of each cache row
-    batch = _Batch(model, min(batch_size, len(prompts)))
-    while waiting or running:
-        admitted: list[int] = []
-        size = 0
-        while waiting and len(running) + len(admitted) < batch_size:
-            size += len(prompts[waiting[-1]])
-            if admitted and size > _PREFILL_TOKENS:
-                break
-            admitted.append(waiting.pop())
-        if admitted:
-            hidden = batch.prefill([prompts[i] for i in admitted])
-            requests = admitted
-            running += admitted
-        else:
-            hidden = batch.decode()
-            requests = running
-        tokens, logprobs = sampler(model.logits(hidden), requests, [len(results[i].tokens) for i in requests])
-        batch.feed(tokens)
-        ended = []
-        for i, token, logprob in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
-            out = results[i]
-            out.tokens.append(token)
-            out.logprobs.append(logprob)
-            if token in stop_ids or len(out.tokens) == max_new_tokens:
-                out.finish_reason = "stop" if token in stop_ids else "length"
-                ended.append(i)
-                if on_finish is not None:
-                    on_finish(i, out)
-        if ended:
-            rows = _fill_holes([not results[i].finish_reason for i in running])
-            batch.keep(rows)
-            running = [running[row] for row in rows]
+    rows = min(batch_size, max(1, len(prompts)))
+    for i, response in generate_stream(model, requests, stop_ids=stop_ids, batch_size=rows):
+        results[i] = response
+        if on_finish is not None:
+            on_finish(i, response)
     return results
 
 
-class _Batch:
-    """The running requests' keys, values and next inputs, a row each; rows 0 to `len` are in use.
+@torch.inference_mode()
+def generate_stream(
+    model: Decoder, prompts: Iterable[Prompt], *, stop_ids: Collection[int] = frozenset(), batch_size: int = 64
+) -> Iterator[tuple[int, Generation]]:
+    """(index in `prompts`, response) of each as it ends; a prompt is taken from the iterable when a row is free.
 
-    Cache tensors: [batch, G, tokens, K] keys and values a layer, grown as responses grow.
+    `stop_ids` end a response; `batch_size` requests advance together. Raises InputError naming the prompt or the
+    option that is wrong.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size} is out of range")
+    batch = _Batch(model, batch_size)
+    waiting = _Waiting(model, prompts)
+    running: list[_Request] = []  # of each cache row
+    while admitted := waiting.take(batch_size - len(running), batch.pack_tokens) or running:
+        if admitted is running:
+            hidden_ND, advanced = batch.decode(), running
+        else:
+            hidden_ND, advanced = batch.prefill([request.prompt.tokens for request in admitted]), admitted
+            running = running + admitted
+        tokens_N, logprobs_N = draw(
+            batch.logits(hidden_ND), [r.prompt.how for r in advanced], [len(r.out.tokens) for r in advanced]
+        )
+        batch.feed(tokens_N)
+        for request, token, logprob in zip(advanced, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
+            request.add(token, logprob, stop_ids)
+        ended = [request for request in advanced if request.out.finish_reason]
+        if ended:
+            rows = _fill_holes([not request.out.finish_reason for request in running])
+            batch.keep(rows)
+            running = [running[row] for row in rows]
+        for request in ended:
+            yield request.index, request.out
+
+
+@dataclass
+class _Request:
+    index: int
+    prompt: Prompt
+    out: Generation
+
+    def add(self, token: int, logprob: float, stop_ids: Collection[int]) -> None:
+        self.out.tokens.append(token)
+        self.out.logprobs.append(logprob)
+        if token in stop_ids:
+            self.out.finish_reason = "stop"
+        elif len(self.out.tokens) == self.prompt.max_new_tokens:
+            self.out.finish_reason = "length"
+
+
+class _Waiting:
+    """The prompts that have no row yet, taken from their iterable as late as can be."""
+
+    def __init__(self, model: Decoder, prompts: Iterable[Prompt]):
+        self.model, self.prompts, self.ahead = model, enumerate(prompts), list[_Request]()
+
+    def take(self, rows: int, pack_tokens: int) -> list[_Request]:
+        """Up to `rows` requests, whose different prompts make one pack of `pack_tokens` (but one prompt at least)."""
+        taken: list[_Request] = []
+        different: set[tuple[int, ...]] = set()
+        size = 0
+        while len(taken) < rows and (request := self._next()):
+            tokens = tuple(request.prompt.tokens)
+            if tokens not in different:
+                size += len(tokens)
+                if different and size > pack_tokens:
+                    self.ahead.append(request)
+                    break
+                different.add(tokens)
+            taken.append(request)
+        return taken
+
+    def _next(self) -> _Request | None:
+        if self.ahead:
+            return self.ahead.pop()
+        for index, prompt in self.prompts:
+            _check(self.model, index, prompt)
+            return _Request(index, prompt, Generation())
+        return None
+
+
+class _Batch:
+    """The running requests' keys, values and next inputs, a row each; rows 0 to `len(sizes)` are in use.
+
+    Cache tensors: [rows, G, tokens, K] keys and values a layer, grown as responses grow.
     """
 
     def __init__(self, model: Decoder, batch_size: int):
         self.model = model
         weight = model.embed_tokens.weight
         config = model.config
-        shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+        self.device = weight.device
+        on_cpu = self.device.type == "cpu"
+        self.pack_tokens = _PREFILL_TOKENS if on_cpu else 0
+        self.least = 4 * torch.get_num_threads() if on_cpu else batch_size  # rows of a matrix product
+        shape = (self.filled(batch_size), config.num_key_value_heads, 0, config.head_dim)
         self.keys = [weight.new_empty(shape) for _ in model.layers]
         self.values = [weight.new_empty(shape) for _ in model.layers]
-        self.device = weight.device
         self.lengths_B = torch.zeros(0, dtype=torch.int64, device=self.device)  # tokens cached of each row
         self.tokens_B = torch.zeros(0, dtype=torch.int64, device=self.device)  # each row's next input
         self.sizes: list[int] = []  # lengths_B, known without asking the device
 
+    def filled(self, rows: int) -> int:
+        """How many rows are computed for `rows` that are read (see the module's docstring)."""
+        return -(-max(rows, self.least) // _VECTOR) * _VECTOR
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """New rows for these prompts; hidden states [rows, D] at their last tokens."""
-        first = len(self.lengths_B)
-        lengths = [len(prompt) for prompt in prompts]
-        tokens_T = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
-        lengths_B = torch.tensor(lengths, device=self.device)
-        ends_B = lengths_B.cumsum(0)
-        rows_T = torch.repeat_interleave(torch.arange(len(prompts), device=self.device), lengths_B)
-        positions_T = torch.arange(len(tokens_T), device=self.device) - (ends_B - lengths_B)[rows_T]
-        cu_seqlens = F.pad(ends_B, (1, 0)).to(torch.int32)
-        self.sizes += lengths
+        """New rows for these prompts; hidden states [rows, D] at their last tokens. Equal prompts are computed once."""
+        different = {tuple(prompt): None for prompt in prompts}
+        begins, tokens, lengths = {}, list[int](), list[int]()
+        for prompt in different:
+            begins[prompt] = len(tokens)
+            tokens += prompt
+            lengths.append(len(prompt))
+        lengths.append(self.filled(len(tokens)) - len(tokens))  # a document that nobody reads
+        tokens += [0] * lengths[-1]
+        tokens_T, lengths_D = torch.tensor(tokens, device=self.device), torch.tensor(lengths, device=self.device)
+        cu_seqlens = F.pad(lengths_D.cumsum(0), (1, 0))
+        positions_T = torch.arange(len(tokens), device=self.device)
+        positions_T = positions_T - torch.repeat_interleave(cu_seqlens[:-1], lengths_D)
+
+        first, sizes = len(self.sizes), [len(prompt) for prompt in prompts]
+        begins_B = torch.tensor([begins[tuple(prompt)] for prompt in prompts], device=self.device)
+        sizes_B = torch.tensor(sizes, device=self.device)
+        rows_S = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes_B)  # S: all rows' tokens
+        slots_S = torch.arange(len(rows_S), device=self.device) - (sizes_B.cumsum(0) - sizes_B)[rows_S]
+        from_S = begins_B[rows_S] + slots_S
+        self.sizes += sizes
         self._make_room()
 
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            # Advanced indices around a slice put the token axis in front: [T, G, K].
-            self.keys[layer][first + rows_T, :, positions_T] = k_TGK
-            self.values[layer][first + rows_T, :, positions_T] = v_TGK
-            return attention(q_THK, k_TGK, v_TGK, cu_seqlens, max(lengths), backend=self.model.attention_backend)
+            # Advanced indices around a slice put the token axis in front: [S, G, K].
+            self.keys[layer][first + rows_S, :, slots_S] = k_TGK[from_S]
+            self.values[layer][first + rows_S, :, slots_S] = v_TGK[from_S]
+            cu, longest = cu_seqlens.to(torch.int32), max(lengths)
+            return attention(q_THK, k_TGK, v_TGK, cu, longest, backend=self.model.attention_backend)
 
         hidden_TD = self._forward(tokens_T, positions_T, attend)
-        self.lengths_B = torch.cat([self.lengths_B, lengths_B])
-        return hidden_TD[ends_B - 1]
+        self.lengths_B = torch.cat([self.lengths_B, sizes_B])
+        return hidden_TD[begins_B + sizes_B - 1]
 
     def decode(self) -> Tensor:
         """One more token of every row through the model; hidden states [rows, D]."""
         self.sizes = [size + 1 for size in self.sizes]
         self._make_room()
-        positions_B, count, width = self.lengths_B, len(self.sizes), _round_up(max(self.sizes))
+        in_use, width = len(self.sizes), _cache_width(max(self.sizes))
+        count = self.filled(in_use)
+        unread = count - in_use
+        positions_B, tokens_B = F.pad(self.lengths_B, (0, unread)), F.pad(self.tokens_B, (0, unread))
         rows_B = torch.arange(count, device=self.device)
         visible_B11L = (torch.arange(width, device=self.device) <= positions_B[:, None])[:, None, None]
 
@@ -162,11 +255,20 @@ class _Batch:
             k_BGLK, v_BGLK = self.keys[layer][:count, :, :width], self.values[layer][:count, :, :width]
             # The query heads that share keys stand where SDPA has query positions: nothing is repeated.
             q_BGHK = q_BHK.unflatten(1, (k_BGLK.shape[1], -1))
-            return F.scaled_dot_product_attention(q_BGHK, k_BGLK, v_BGLK, attn_mask=visible_B11L).flatten(1, 2)
+            heads = q_BGHK.shape[2]
+            if self.device.type == "cpu":
+                q_BGHK = F.pad(q_BGHK, (0, 0, 0, -heads % _CPU_QUERIES))
+            out_BGHK = F.scaled_dot_product_attention(q_BGHK, k_BGLK, v_BGLK, attn_mask=visible_B11L)
+            return out_BGHK[:, :, :heads].flatten(1, 2)
 
-        hidden_BD = self._forward(self.tokens_B, positions_B, attend)
-        self.lengths_B = positions_B + 1
-        return hidden_BD
+        hidden_BD = self._forward(tokens_B, positions_B, attend)
+        self.lengths_B = self.lengths_B + 1
+        return hidden_BD[:in_use]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """[N, V] of the last prefill's or decode's hidden states."""
+        count = len(hidden_ND)
+        return self.model.logits(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
 
     def feed(self, tokens: Tensor) -> None:
         """The next inputs of the rows that the last prefill or decode computed."""
@@ -200,58 +302,9 @@ class _Batch:
         """Room for the longest row; at least doubled, so that growing costs a constant a token."""
         room, longest = self.keys[0].shape[2], max(self.sizes)
         if longest > room:
-            more = _round_up(max(longest, 2 * room)) - room
+            more = _cache_width(max(longest, 2 * room)) - room
             self.keys = [F.pad(cache, (0, 0, 0, more)) for cache in self.keys]
             self.values = [F.pad(cache, (0, 0, 0, more)) for cache in self.values]
-
-
-class _Sampler:
-    """Logits [n, V] -> (tokens int64 [n], their raw log-probabilities fp32 [n])."""
-
-    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int):
-        self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
-
-    def __call__(self, logits_NV: Tensor, requests: list[int], steps: list[int]) -> tuple[Tensor, Tensor]:
-        logprobs_NV = logits_NV.float().log_softmax(-1)
-        if self.temperature == 0:
-            tokens_N = logprobs_NV.argmax(-1)
-        else:
-            uniform_N = torch.from_numpy(uniforms(self.seed, requests, steps)).to(logits_NV.device)
-            tokens_N = self._draw(logprobs_NV, uniform_N)
-        return tokens_N, logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
-
-    def _draw(self, logprobs_NV: Tensor, uniform_N: Tensor) -> Tensor:
-        """The token at which the cumulative probability passes `uniform_N`."""
-        scaled_NV = logprobs_NV.double() / self.temperature
-        if self.top_p == 1 and self.top_k == 0:
-            return _invert(scaled_NV.softmax(-1), uniform_N)
-        count = self.top_k or scaled_NV.shape[1]
-        kept_NK, tokens_NK = scaled_NV.topk(min(count, scaled_NV.shape[1]))
-        probability_NK = kept_NK.softmax(-1)
-        before_NK = probability_NK.cumsum(-1) - probability_NK  # 0 for the likeliest, which always stays
-        probability_NK = probability_NK.masked_fill(before_NK >= self.top_p, 0)
-        return tokens_NK.gather(1, _invert(probability_NK, uniform_N)[:, None])[:, 0]
-
-
-def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Index of the first column whose running sum exceeds uniform x total: never one of weight 0."""
-    cumulative_NV = weight_NV.cumsum(-1)
-    total_N = cumulative_NV[:, -1]
-    below_N = torch.nextafter(total_N, torch.zeros_like(total_N))
-    target_N = torch.minimum(uniform_N * total_N, below_N)
-    return torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
-
-
-def uniforms(seed: int, requests: Sequence[int], steps: Sequence[int]) -> np.ndarray:
-    """float64 [n] in [0, 1): a hash of (seed, request, step), by three rounds of SplitMix64's finaliser
-    (Steele, Lea and Flood, OOPSLA 2014)."""
-    state = np.full(len(requests), seed & (2**64 - 1), dtype=np.uint64)
-    for counter in (np.zeros(len(requests)), requests, steps):
-        state = state + np.uint64(0x9E3779B97F4A7C15) + np.asarray(counter, dtype=np.uint64)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _fill_holes(alive: list[bool]) -> list[int]:
@@ -261,26 +314,18 @@ def _fill_holes(alive: list[bool]) -> list[int]:
     return [row if alive[row] else tail.pop() for row in range(count)]
 
 
-def _round_up(length: int) -> int:
-    return -(-length // _CACHE_BLOCK) * _CACHE_BLOCK
+def _cache_width(length: int) -> int:
+    """The columns of the cache that are read for `length` tokens: few different sums, and all of them round alike."""
+    blocks, rest = divmod(length, 512)
+    return blocks * 512 + next(width for width in (0, 64, 128, 384, 512) if rest <= width)
 
 
-def _check(
-    model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float,
-    top_p: float, top_k: int, batch_size: int,
-) -> None:  # fmt: skip
+def _check(model: Decoder, index: int, prompt: Prompt) -> None:
     vocabulary = model.config.vocab_size
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise InputError(f"prompts[{i}] is empty; a prompt needs at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise InputError(f"prompts[{i}] holds a token outside the model's vocabulary of {vocabulary}")
-    for name, value, good in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, temperature >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-        ("top_k", top_k, top_k >= 0),
-        ("batch_size", batch_size, batch_size >= 1),
-    ):
-        if not good:
-            raise InputError(f"{name} = {value} is out of range")
+    if not len(prompt.tokens):
+        raise InputError(f"prompts[{index}] is empty; a prompt needs at least one token")
+    if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocabulary:
+        raise InputError(f"prompts[{index}] holds a token outside the model's vocabulary of {vocabulary}")
+    if prompt.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens = {prompt.max_new_tokens} is out of range")
+    prompt.how.check()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dasd_engine import Decoder, ModelConfig, init_weights, save_model
+from dasd_engine.draw import How, draw, uniforms
 from dasd_engine.errors import InputError
-from dasd_engine.generate import generate, uniforms
+from dasd_engine.generate import Prompt, generate, generate_stream
 
 QWEN3 = ModelConfig(
     model_type="qwen3", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -81,21 +82,74 @@ def test_greedy_equals_transformers(config, tmp_path):
         assert g.tokens == ids[0, len(prompt) :].tolist()
 
 
-def test_a_request_does_not_depend_on_its_neighbours():
-    """Same seed: the whole set in one batch, in twos, and the first few alone give the same tokens."""
-    model = make_model()
-    prompts = make_prompts([6, 3, 9, 4, 12, 7, 5])
-    options = {"max_new_tokens": 25, "temperature": 1.0, "top_p": 0.95, "stop_ids": {3, 4}, "seed": 11}
-    together = generate(model, prompts, **options)
-    for other in (
-        generate(model, prompts, batch_size=2, **options),
-        generate(model, prompts, batch_size=1, **options),
-        generate(model, prompts[:3], **options),
-    ):
-        for a, b in zip(together, other, strict=False):
-            assert a.tokens == b.tokens and a.finish_reason == b.finish_reason
-            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    assert [g.tokens for g in generate(model, prompts, **{**options, "seed": 12})] != [g.tokens for g in together]
+GROUPS = {  # (query heads, key heads, head size): groups of one, two, three and five queries
+    "1": (2, 2, 16),
+    "2": (4, 2, 8),
+    "3": (9, 3, 8),
+    "5": (5, 1, 32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_request_does_not_depend_on_its_neighbours(group, dtype):
+    """Same seed: the whole set in one batch, in threes, one by one, in another order, and the first few alone give
+    the same tokens and the same logprobs, bit for bit. Contexts cross several widths of the cache."""
+    heads, keys, size = GROUPS[group]
+    shape = {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": size, "hidden_size": 48}
+    model = make_model(replace(QWEN3, **shape)).to(dtype)
+    prompts = make_prompts([6, 3, 9, 124, 1, 120, 5, 60])
+    requests = [
+        Prompt(tokens, 12 + 5 * i, How(temperature=[1.0, 0.6, 0.0][i % 3], top_p=[1.0, 0.95][i % 2], seed=i))
+        for i, tokens in enumerate([*prompts, prompts[0], prompts[0]])
+    ]
+
+    def run(order: list[int], batch_size: int) -> list[tuple]:
+        got: dict[int, tuple] = {}
+        chosen = [requests[i] for i in order]
+        for index, g in generate_stream(model, iter(chosen), stop_ids={3, 4}, batch_size=batch_size):
+            got[order[index]] = (g.tokens, g.logprobs, g.finish_reason)
+        return [got[i] for i in sorted(got)]
+
+    everything = list(range(len(requests)))
+    together = run(everything, 64)
+    assert run(everything, 3) == together
+    assert run(everything, 1) == together
+    assert run(everything[::-1], 4) == together
+    assert run([0, 1, 2], 64) == together[:3]
+    assert together[0][0] != together[8][0] != together[9][0]  # one prompt, other seeds
+
+
+def test_a_stream_takes_prompts_as_rows_fall_free():
+    """It hands over each response as it ends, having taken no more prompts than it has rows for."""
+    lengths = [2, 9, 3, 3, 1]
+    taken = []
+
+    def prompts():
+        for i, length in enumerate(lengths):
+            taken.append(i)
+            yield Prompt([i + 1], length, How(seed=i))
+
+    ended = []
+    for index, response in generate_stream(make_model(), prompts(), batch_size=2):
+        ended.append(index)
+        assert len(response.tokens) == len(response.logprobs) == lengths[index]
+        assert len(taken) <= len(ended) + 2
+    assert ended == [0, 2, 3, 4, 1]  # a prefill takes a step of its own
+
+
+def test_what_a_request_draws_comes_from_its_own_seed():
+    model = make_model(peak=12.0)
+    prompt = make_prompts([6])[0]
+
+    def tokens(**how) -> list[int]:
+        ((_, response),) = generate_stream(model, [Prompt(prompt, 12, How(**how))])
+        return response.tokens
+
+    assert tokens(seed=5) == tokens(seed=5)
+    assert len({tuple(tokens(seed=s, sample=k)) for s, k in [(5, 0), (6, 0), (5, 1), (2**52 + 5, 0)]}) == 4
+    # generate's i-th prompt is sample i of its seed
+    assert generate(model, [prompt] * 3, max_new_tokens=12, seed=5)[2].tokens == tokens(seed=5, sample=2)
 
 
 def test_samples_of_one_prompt_differ():
@@ -134,6 +188,25 @@ def test_top_k_and_top_p_draw_from_the_likeliest_only():
     assert set(drawn(top_p=0.5)) == set(order[:needed].tolist())
     assert set(drawn(top_p=1e-6)) == {order[0].item()}
     assert set(drawn(top_k=2, top_p=0.999999)) == set(order[:2].tolist())
+
+
+def test_top_p_looks_further_than_the_likeliest_thousand():
+    """A flat distribution over 3,000 tokens: half of its weight is in the 1,500 likeliest, and all of them are drawn
+    from; beside it a peaked row, whose draw does not change."""
+    generator = torch.Generator().manual_seed(2)
+    flat = torch.rand(3000, generator=generator) * 0.01
+    peaked = torch.randn(3000, generator=generator) * 8
+    half = flat.softmax(-1).sort(descending=True)
+    needed = half.indices[: int((half.values.double().cumsum(0) < 0.5).sum()) + 1].tolist()
+    count = 1200
+    hows = [How(top_p=0.5, sample=i) for i in range(count)]
+    tokens, logprobs = draw(flat.expand(count, -1), hows, [0] * count)
+    assert set(tokens.tolist()) <= set(needed)
+    assert len(set(tokens.tolist()) & set(half.indices[1024:].tolist())) > 100
+    torch.testing.assert_close(logprobs, flat.log_softmax(-1)[tokens])
+    alone, _ = draw(peaked[None], hows[:1], [0])
+    beside, _ = draw(torch.stack([peaked, flat]), hows[:2], [0, 0])
+    assert alone[0] == beside[0] and beside[1] == tokens[1]
 
 
 def test_stop_ids_and_finish_reasons():
@@ -182,6 +255,7 @@ def test_uniforms_are_uniform_and_differ_by_every_counter():
         ([[1]], {"top_p": 0.0}, "top_p = 0.0"),
         ([[1]], {"top_k": -2}, "top_k = -2"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ([[1]], {"batch_size": 0}, "batch_size = 0"),
     ],
 )
 def test_bad_options_are_named(prompts, options, message):
