@@ -108,8 +108,10 @@ class _Chunk:
 
     def add(self, line: int, sentences: list[Any]) -> None:
         try:
-            if not self._width and sentences:
-                self._width = 7 if len(sentences[0]) > 6 else 6
+            width = 7 if sentences and len(sentences[0]) > 6 else 6
+            self._width = self._width or (width if sentences else 0)
+            if sentences and width != self._width:
+                raise IndexError
             for column, index in zip(self._columns, (2, 3, 6) if self._width == 7 else (2, 3), strict=False):
                 column += [sentence[index] for sentence in sentences]
         except (TypeError, IndexError, KeyError):

@@ -97,7 +97,7 @@ def render(whole: dict[str, Any]) -> list[str]:
         title = f"── temperature {section['temperature']:g}, rule {section['rule']} "
         lines += ["", title.ljust(100, "─")]
         parts = (_filters, _choice, _lengths, _sentences, _histogram, _four, _rules)
-        for part in parts:
+        for part in parts if section["candidates"]["kept"] else parts[:1]:
             if text := part(section, whole["parameters"]):
                 lines += ["", *text]
     return lines
@@ -142,11 +142,11 @@ def _lengths(section: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
     ]
     for name, label in names.items():
         d = section["lengths"][name]
-        lines.append(
-            f"  {label:<28} {d['responses']:>9,} {d['student_tokens_median']:>8,.0f} {d['student_tokens_mean']:>8,.1f}"
-            f"  {d['teacher_tokens_median']:>8,.0f} {d['teacher_tokens_mean']:>8,.1f}"
-            f"  {d['teacher_sentences_mean']:>8,.2f}   {_percent(d['teacher_share'], 1)}"
+        tokens = "  ".join(
+            f"{_number(d[f'{who}_tokens_median'])} {_number(d[f'{who}_tokens_mean'])}" for who in ("student", "teacher")
         )
+        sentences = f"{_number(d['teacher_sentences_mean'])}   {_percent(d['teacher_share'], 1)}"
+        lines.append(f"  {label:<28} {d['responses']:>9,} {tokens}  {sentences}")
     ratio = section["lengths"]["selected"]["student_tokens"] / max(section["lengths"]["random"]["student_tokens"], 1)
     lines.append(f"  The choice has {ratio:.2f} times the tokens of a random one.")
     if (correlation := section["length_correlation"]) is not None:
@@ -191,7 +191,7 @@ def _histogram(section: dict[str, Any], parameters: dict[str, Any]) -> list[str]
         low, high = (f"{edge:.1f}".replace("-", "−") for edge in h["edges"][i : i + 2])
         line = f"  {low:>5} … {high:>4}"
         for share in (kept[i], chosen[i]):
-            line += f"    {_percent(share, 1)}  {'█' * round(BAR * share / top):<{BAR}}"
+            line += f"    {_percent(share, 1) if share else '':7}  {'█' * round(BAR * share / top):<{BAR}}"
         lines.append(line.rstrip())
     return lines
 
@@ -208,14 +208,21 @@ def _rules(section: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
         row = section["overlap"].get(name, {})
         same = "".join("     –" if other == name or not row else f"{100 * row[other]:>6.0f}" for other in RULES)
         lines.append(
-            f"  {name:<18}{d['student_tokens_mean']:>7,.0f}{d['student_tokens'] / budget:>7.2f}"
-            f"{d['teacher_sentences_mean']:>8,.2f}{_percent(d['teacher_share'], 1):>8}{same}"
+            f"  {name:<18}{_number(d['student_tokens_mean'])}{d['student_tokens'] / budget:>7.2f}"
+            f"{_number(d['teacher_sentences_mean'])}{_percent(d['teacher_share'], 1):>8}{same}"
         )
     return lines
 
 
 def _percent(count: float, of: float) -> str:
     return f"{100 * count / of if of else 0:5.1f} %"
+
+
+def _number(value: float) -> str:
+    """In 8 columns."""
+    if value >= 1e6:
+        return f"{value / 1e6:>7,.1f}M"
+    return f"{value:>8,.0f}" if value >= 1e4 else f"{value:>8,.1f}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SENTENCES = {"t": (0.9, 0.2), "c": (0.5, 0.5), "s": (0.1, 0.8)}  # p_T, p_S of a sentence of each type
-THINKING = "<think>\nAdd {0} to it.\n</think>\n\nIt is {0}."
+THINKING = "<think>\nAdd {0} to it.\n</think>\n\nThe answer is {0}."
 
 
 def candidate(question: str, number: int, sentences: str = "ttc", tokens: int = 10, **fields: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def many(questions: int, candidates: int, temperatures: tuple[float, ...] = (0.6
         for temperature in temperatures:
             for number in range(candidates):
                 kinds = "".join(rng.choices("tcs", (3 + 2 * temperature, 6, 0.4), k=rng.randint(3, 24)))
-                fields: dict[str, Any] = {"answer": f"{question}.{rng.randrange(3)}", "task": "toy"}
+                fields: dict[str, Any] = {"answer": f"q{question}.{rng.randrange(3)}", "task": "toy"}
                 if rng.random() < 0.03 * (1 + temperature):
                     fields |= rng.choice(
                         [
