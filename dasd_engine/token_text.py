@@ -34,12 +34,21 @@ class TokenText:
         """The decoded text, special tokens kept, and for every token the byte of its UTF-8 where it ends."""
         if self._is_byte_level:
             return text_and_ends(self._bytes_of(token) for token in ids)
+        tokens = [self._tokenizer.id_to_token(token) for token in ids]
+        known = [i for i, token in enumerate(tokens) if token is not None]  # others decode to nothing
+        text, ends_known = self._known_ends([ids[i] for i in known])
+        ends = [0] * len(ids)
+        for i, end in zip(known, ends_known, strict=True):
+            ends[i] = end
+        return text, list(accumulate(ends, max))
+
+    def _known_ends(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         text = self._decode(ids)
+        length = len(text.encode())
         ends = self._ends(ids)
-        if not ends or ends[-1] != len(text.encode()):  # a decoder that looks far back: every beginning on its own
-            ends = [len(self._decode(ids[: i + 1]).encode()) for i in range(len(ids))]
-            ends = [min(end, len(text.encode())) for end in accumulate(ends, max)]
-        return text, ends
+        if (ends[-1] if ends else 0) != length:  # a decoder that looks far back: every beginning on its own
+            ends = [min(len(self._decode(ids[: i + 1]).encode()), length) for i in range(len(ids))]
+        return text, list(accumulate(ends, max))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -62,11 +71,11 @@ class TokenText:
             count = end - begin
             ends += [at + added * (i + 1) // count for i in range(count)]
             at, begin = at + added, end
-        return list(accumulate(ends, max))
+        return ends
 
     def _units(self, ids: Sequence[int]) -> list[int]:
         """Where units end."""
-        is_byte = [bool(_BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "")) for token in ids]
+        is_byte = [bool(_BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token))) for token in ids]
         return [i + 1 for i in range(len(ids)) if i + 1 == len(ids) or not (is_byte[i] and is_byte[i + 1])]
 
 
