@@ -7,7 +7,7 @@
 // threads. 2NDV FLOPs; memory: the packed hidden states and V / 192 floats a token.
 //
 // Gradients. The sweep stores Eᵀ [V, C], in bf16 where operands are bf16. With S the row's sum, E's label entry becomes
-// E - S / (1 + 2 z_loss lse), and everything else is a factor a row: dX = diag(factor) E W, dW = Eᵀ diag(factor) X. In
+// E - S (1 - label_smoothing) / (1 + 2 z_loss lse), and everything else is a factor a row: dX = diag(factor) E W, dW = Eᵀ diag(factor) X. In
 // bf16, what rounding took from the label's entry (the largest) is added back in fp32. 2NDV FLOPs each.
 #pragma once
 #include <cmath>
@@ -203,7 +203,7 @@ void finish(const Head& h, const Rows& rows, const Scores& out, const Lanes& lan
     if (k < 1e-6 && k > -1e-6) k = k < 0 ? -1e-6 : 1e-6;  // the loss's slope in lse vanishes: S / k must not overflow
     const double t = h.softcap == 0.f ? 0. : lanes.logit[i] / h.softcap;
     state->factor[i] = static_cast<float>(rows.coefficient[i] * k * inverse / s);
-    state->hit[i] = static_cast<float>((1 - t * t) * (::exp2(x) - s / k));
+    state->hit[i] = static_cast<float>((1 - t * t) * (::exp2(x) - (1 - rows.label_smoothing) * s / k));
     auto* entry = static_cast<typename I::Elem*>(state->e) + rows.labels[i] * lde + i;
     to_element(state->hit[i], entry);
     state->hit_saved[i] = from_element(*entry);

@@ -28,6 +28,7 @@ struct Rows {
   const float* inverse_temperature;  // [count]
   const float* coefficient;          // [count], what multiplies a row's loss; read with a State only
   float z_loss;
+  float label_smoothing;  // of the label's own entry; what it gives to all entries is of rank 1, and the caller's
 };
 
 struct Scores {  // [count]; entropy and rank may be null
@@ -45,10 +46,11 @@ struct State {
   float* hit_saved;  // [count] the same as it is stored in E
 };
 
-struct Output {  // out (+)= scale * (previous + product)
+struct Output {  // out (+)= scale * (previous + product + everywhere)
   void* out;     // [vocab, width], contiguous
   Dtype dtype;
   const float* previous;  // [vocab, width] or null
+  const float* everywhere;  // [width], for every row, or null
   float scale;
   bool accumulate;
   float* bias;  // [vocab], += the bias's gradient times scale, or null

@@ -29,10 +29,10 @@ Head head(const py::tuple& t) {  // weight, dtype, row stride, column stride, bi
           address<const float>(t[4]), t[5].cast<int64_t>(), t[6].cast<int64_t>(), t[7].cast<float>()};
 }
 
-Rows rows(const py::tuple& t) {  // x, dtype, count, labels, inverse temperature, coefficient, z_loss
+Rows rows(const py::tuple& t) {  // x, dtype, count, labels, inverse temperature, coefficient, z_loss, label_smoothing
   return {address<const void>(t[0]),    static_cast<Dtype>(t[1].cast<int>()), t[2].cast<int64_t>(),
           address<const int64_t>(t[3]), address<const float>(t[4]),           address<const float>(t[5]),
-          t[6].cast<float>()};
+          t[6].cast<float>(), t[7].cast<float>()};
 }
 
 State state(const py::tuple& t) {  // e, xs, dx, factor, hit, hit_saved
@@ -71,13 +71,15 @@ void forward(const std::string& name, const py::tuple& head_, const py::tuple& r
 }
 
 void weight_gradient(const std::string& name, const py::tuple& head_, const py::tuple& rows_, const py::tuple& state_,
-                     const py::tuple& out_, int threads) {  // out, dtype, previous, scale, accumulate, bias
+                     const py::tuple& out_, int threads) {  // out, dtype, previous, everywhere, scale, accumulate, bias
   const Kernels& k = find(name);
   const Head h = head(head_);
   const Rows r = rows(rows_);
   const State kept = state(state_);
-  const Output out{address<void>(out_[0]), static_cast<Dtype>(out_[1].cast<int>()), address<const float>(out_[2]),
-                   out_[3].cast<float>(),  out_[4].cast<bool>(), address<float>(out_[5])};
+  const Output out{address<void>(out_[0]),        static_cast<Dtype>(out_[1].cast<int>()),
+                   address<const float>(out_[2]), address<const float>(out_[3]),
+                   out_[4].cast<float>(),         out_[5].cast<bool>(),
+                   address<float>(out_[6])};
   py::gil_scoped_release unlocked;
   k.weight_gradient(h, r, kept, out, threads);
 }

@@ -160,6 +160,8 @@ void write_block(const Head& h, const Rows& rows, const State& state, const Outp
     float* row = z + r * ldz;
     if (out.previous)
       for (int64_t d = 0; d < columns; ++d) row[d] += out.previous[first + d];
+    if (out.everywhere)
+      for (int64_t d = 0; d < columns; ++d) row[d] += out.everywhere[d0 + d];
     if (out.accumulate)
       for (int64_t d = 0; d < columns; ++d) row[d] = load_float(out.out, out.dtype, first + d) + out.scale * row[d];
     else

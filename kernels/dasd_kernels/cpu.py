@@ -8,6 +8,7 @@ the upstream gradient is known, so dW is written once, scaled, in its own dtype.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,10 +64,10 @@ def run(
     entropy: bool = False,
     rank: bool = False,
 ) -> Result:
-    """chunked.run by the kernels `name`; no label smoothing. The gradients of weight and bias lack the last chunk's
-    part, which `head_gradient` makes of Result.state; grad_weight is None where that is all. `total`: rows of the call,
-    also those that were left out; the state's size follows from it."""
-    assert describe(name) is not None and not row.label_smoothing
+    """chunked.run by the kernels `name`; no label smoothing under a softcap. The gradients of weight and bias lack the
+    last chunk's part, which `head_gradient` makes of Result.state; grad_weight is None where that is all. `total`: rows
+    of the call, also those that were left out; the state's size follows from it."""
+    assert describe(name) is not None and not (row.label_smoothing and row.softcap)
     n, (vocab, width) = len(hidden), weight.shape
     size = chunk_rows(name, n, vocab, width, workspace_bytes, coefficient is not None)
     last = max(0, -(-n // size) - 1) * size  # where the last chunk begins
@@ -90,6 +91,7 @@ def run(
         inverse = 1 / temperature.float()
     flat_bias = None if bias is None else bias.float().contiguous()
     head = describe_head(weight, flat_bias, row.softcap)
+    smooth = Smoothing(hidden, weight, flat_bias, inverse, coefficient, row) if row.label_smoothing else None
     threads = torch.get_num_threads() if n * vocab * width > 1 << 20 else 1
     ld = padded(name, width)
     dx = hidden.new_empty(min(size, n), ld if needs[0] else 0, dtype=torch.float32)
@@ -97,7 +99,7 @@ def run(
         part = slice(begin, min(begin + size, n))
         x, y = hidden[part].contiguous(), labels[part].contiguous()
         factor = None if coefficient is None else coefficient[part].float().contiguous()
-        rows = describe_rows(x, y, inverse[part], factor, row.z_loss)
+        rows = describe_rows(x, y, inverse[part], factor, row)
         scores = tuple(0 if f is None else address(f[part]) for f in (out.nll, out.lse, out.entropy, out.rank))
         if state is None:
             _C.linear_ce_forward(name, head, rows, scores, None, 0, threads)
@@ -105,14 +107,39 @@ def run(
         buffers = state.addresses(address(dx) if needs[0] else 0)
         _C.linear_ce_forward(name, head, rows, scores, buffers, state.e_bytes, threads)
         if out.grad_hidden is not None:
-            out.grad_hidden[part] = dx.view(-1)[: len(x) * ld].view(len(x), -1)[:, :width]
+            found = dx.view(-1)[: len(x) * ld].view(len(x), -1)[:, :width]
+            out.grad_hidden[part] = found if smooth is None else smooth.take_from(found, part)
         if head_wanted and begin < last:
-            target = (address(out.grad_weight), 0, 0, 1.0, begin > 0, address(out.grad_bias))
+            target = (address(out.grad_weight), 0, 0, 0, 1.0, begin > 0, address(out.grad_bias))
             _C.linear_ce_weight_gradient(name, head, rows, buffers, target, threads)
     if state is not None:
-        state.close(last, n - last)
+        state.close(last, n - last, None if smooth is None else smooth.everywhere)
+    if smooth is not None and out.grad_bias is not None:
+        out.grad_bias.sub_(smooth.share.sum())
     torch.sub(out.lse, out.nll, out=out.target)
-    return out
+    return out if smooth is None else replace(out, mean=smooth.mean)
+
+
+class Smoothing:
+    """What label smoothing adds, without a softcap: the mean logit is linear in hidden, so that the loss and both
+    gradients take terms of rank 1 and no logit (N D + V D multiply-adds).
+
+    mean [n]: of each row's logits. share [n]: coefficient * label_smoothing / (V * temperature), what every entry of
+    the vocabulary gives up. everywhere [D]: what every row of dW takes."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, inverse: Tensor, coefficient: Tensor | None, row: Row
+    ):
+        self.row = weight.mean(0, dtype=torch.float32)
+        self.vocab = len(weight)
+        wide = hidden.float()
+        self.mean = (wide @ self.row + (0.0 if bias is None else bias.mean())) * inverse
+        if coefficient is not None:
+            self.share = coefficient.float() * inverse * (row.label_smoothing / self.vocab)
+            self.everywhere = -(self.share @ wide)
+
+    def take_from(self, grad_hidden: Tensor, part: slice) -> Tensor:
+        return grad_hidden.addr_(self.share[part], self.row, alpha=-self.vocab)
 
 
 def head_gradient(
@@ -137,10 +164,10 @@ def head_gradient(
     x, y = hidden[part].contiguous(), labels[part].contiguous()
     kind = 0 if out is None else DTYPES[out.dtype]
     previous = address(partial) if state.begin else 0
-    target = (address(out), kind, previous, scale, add, address(out_bias))
+    target = (address(out), kind, previous, state.everywhere, scale, add, address(out_bias))
     threads = torch.get_num_threads() if state.count * weight.numel() > 1 << 20 else 1
     _C.linear_ce_weight_gradient(
-        state.name, describe_head(weight, None, None), describe_rows(x, y, None, None, 0.0), state.addresses(0),
+        state.name, describe_head(weight, None, None), describe_rows(x, y, None, None, Row()), state.addresses(0),
         target, threads,
     )  # fmt: skip
 
@@ -152,10 +179,11 @@ def describe_head(weight: Tensor, bias: Tensor | None, softcap: float | None) ->
 
 
 def describe_rows(
-    x: Tensor, labels: Tensor, inverse: Tensor | None, coefficient: Tensor | None, z_loss: float
+    x: Tensor, labels: Tensor, inverse: Tensor | None, coefficient: Tensor | None, row: Row
 ) -> tuple[Any, ...]:
     return (
-        x.data_ptr(), DTYPES[x.dtype], len(x), labels.data_ptr(), address(inverse), address(coefficient), z_loss,
+        x.data_ptr(), DTYPES[x.dtype], len(x), labels.data_ptr(), address(inverse), address(coefficient), row.z_loss,
+        row.label_smoothing,
     )  # fmt: skip
 
 
@@ -197,41 +225,46 @@ def state_bytes(name: str, total: int, vocab: int, width: int, workspace_bytes: 
 
 class State:
     """The buffers of a chunk, sized as csrc/linear_ce/linear_ce.hpp says, in one tensor, [bytes] uint8, that can be
-    kept from forward to backward: 8 int64 of header, factor, hit and hit_saved, xs, E. Every chunk uses it anew."""
+    kept from forward to backward: a header of 8 int64, `everywhere`, factor, hit and hit_saved, xs, E. Every chunk uses
+    it anew."""
 
     NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
     def __init__(self, name: str, rows: int, vocab: int, width: int, keep: bool, memory: Tensor | None = None):
-        self.name = name
-        self.xs, self.e, size = self.layout(name, rows, vocab, width)
-        self.rows, self.e_bytes, self.has_xs = rows, size - self.e - 64, keep
+        self.name, self.rows, self.width, self.keep = name, rows, width, keep
+        self.factors, self.xs, self.e, size = self.layout(name, rows, vocab, width)
+        self.e_bytes = size - self.e - 64
         self.memory = torch.empty(size, dtype=torch.uint8) if memory is None else memory
-        self.begin = self.count = 0
+        self.begin = self.count = self.everywhere = 0
 
     @staticmethod
-    def layout(name: str, rows: int, vocab: int, width: int) -> tuple[int, int, int]:
-        """Where xs and E begin, and the size in all."""
+    def layout(name: str, rows: int, vocab: int, width: int) -> tuple[int, int, int, int]:
+        """Where the factors, xs and E begin, and the size in all."""
         described = describe(name)
         assert described is not None
         element, panel = described
         tokens = -(-rows // panel) * panel
-        xs = 64 + -(-12 * rows // 64) * 64
+        factors = 64 + -(-4 * width // 64) * 64
+        xs = factors + -(-12 * rows // 64) * 64
         e = xs + -(-padded(name, width) * (tokens + 1) * element // 64) * 64
-        return xs, e, e + vocab * (tokens * element + 64) + 64
+        return factors, xs, e, e + vocab * (tokens * element + 64) + 64
 
     def addresses(self, dx: int) -> tuple[int, ...]:
         base, step = self.memory.data_ptr(), 4 * self.rows
-        factors = (base + 64 + i * step for i in range(3))
-        return (base + self.e, base + self.xs if self.has_xs else 0, dx, *factors)
+        factors = (base + self.factors + i * step for i in range(3))
+        return (base + self.e, base + self.xs if self.keep else 0, dx, *factors)
 
-    def close(self, begin: int, count: int) -> None:
-        """Note what the last chunk was."""
-        values = [self.NAMES.index(self.name), self.rows, begin, count]
-        self.memory[:32].view(torch.int64).copy_(torch.tensor(values))
+    def close(self, begin: int, count: int, everywhere: Tensor | None) -> None:
+        """Note what the last chunk was, and what every row of dW takes besides."""
+        values = [self.NAMES.index(self.name), self.rows, begin, count, everywhere is not None]
+        self.memory[:40].view(torch.int64).copy_(torch.tensor(values))
+        if everywhere is not None:
+            self.memory[64 : 64 + 4 * self.width].view(torch.float32).copy_(everywhere)
 
     @classmethod
     def reopen(cls, memory: Tensor, vocab: int, width: int) -> "State":
-        name, rows, begin, count = memory[:32].view(torch.int64).tolist()
+        name, rows, begin, count, everywhere = memory[:40].view(torch.int64).tolist()
         state = cls(cls.NAMES[name], rows, vocab, width, True, memory)
         state.begin, state.count = begin, count
+        state.everywhere = memory.data_ptr() + 64 if everywhere else 0
         return state

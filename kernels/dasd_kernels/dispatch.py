@@ -30,10 +30,12 @@ def on_triton(hidden: Tensor) -> bool:
     return triton_ce is not None and backend() == "" and triton_ce.wanted(hidden)
 
 
-def cpu_kernels(hidden: Tensor, weight: Tensor, label_smoothing: float = 0.0) -> str | None:
+def cpu_kernels(hidden: Tensor, weight: Tensor, row: Row) -> str | None:
     """The C++ kernels that serve a call, or None; from types and devices alone."""
     asked = backend()
-    return None if asked == "chunked" or label_smoothing else cpu.choose(hidden, weight, asked)
+    if asked == "chunked" or (row.label_smoothing and row.softcap):
+        return None
+    return cpu.choose(hidden, weight, asked)
 
 
 def default_workspace(hidden: Tensor) -> int:
@@ -133,7 +135,7 @@ def compute(
     assert x is not None
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden must be bf16, fp16, fp32 or fp64, not {x.dtype}")
-    name = cpu_kernels(hidden, weight, row.label_smoothing)
+    name = cpu_kernels(hidden, weight, row)
     run = chunked.run if name is None else functools.partial(cpu.run, name, n)
     r = run(x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank)
     if labels.device.type == "cpu":

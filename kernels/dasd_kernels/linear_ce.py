@@ -143,7 +143,7 @@ def linear_ce(
     loss *= weights
     nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
     partial = r.grad_weight
-    if partial is None and now and needs[1] and whole_or_partial(hidden, weight, label_smoothing, workspace_bytes):
+    if partial is None and now and needs[1] and whole_or_partial(hidden, weight, row, workspace_bytes):
         partial = hidden.new_empty(weight.shape, dtype=acc)  # never touched: fewer rows are valid than shapes tell
     return (
         loss if reduction == "none" else loss.sum(),
@@ -154,9 +154,9 @@ def linear_ce(
     )
 
 
-def whole_or_partial(hidden: Tensor, weight: Tensor, label_smoothing: float, workspace_bytes: int) -> bool:
+def whole_or_partial(hidden: Tensor, weight: Tensor, row: Row, workspace_bytes: int) -> bool:
     """Whether linear_ce returns a [V, D] gradient: always, unless one chunk's State stands for all of it."""
-    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, label_smoothing)
+    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, row)
     return name is None or len(hidden) > cpu.chunk_limit(name, weight.shape[0], weight.shape[1], workspace_bytes, True)
 
 
@@ -165,15 +165,16 @@ def _(
     hidden, weight, labels, bias, token_weight, temperature, grad_weight_out, ignore_index, reduction, z_loss,
     label_smoothing, softcap, temperature_all, workspace_bytes, needs,
 ):  # fmt: skip
+    row = Row(softcap or None, temperature_all, label_smoothing, z_loss)
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     now = reduction != "none"
     nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
-    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, label_smoothing)
+    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, row)
     state = nothing(torch.uint8)
     if name is not None and now and (needs[1] or needs[2]):
         size = cpu.state_bytes(name, labels.shape[0], weight.shape[0], weight.shape[1], workspace_bytes)
         state = hidden.new_empty(size, dtype=torch.uint8)
-    whole = now and needs[1] and whole_or_partial(hidden, weight, label_smoothing, workspace_bytes)
+    whole = now and needs[1] and whole_or_partial(hidden, weight, row, workspace_bytes)
     return (
         hidden.new_empty(labels.shape if reduction == "none" else (), dtype=acc),
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if now and needs[0] else nothing(),
