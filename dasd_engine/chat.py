@@ -85,7 +85,7 @@ class Chat:
         folder = Path(model_dir)
         config = _read_json(folder / "tokenizer_config.json")
         template, name = _find_template(folder, config)
-        tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
         texts = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
         special = {key: text for key, text in texts.items() if text is not None}
         generation = _read_json(folder / "generation_config.json", required=False)
@@ -153,7 +153,7 @@ class Chat:
             if spans and not (extends and np.array_equal(head[: len(ids)], ids)):
                 done.append((ids, spans))
                 spans = []
-            response = _response(message["content"], prompt, index) + self._end_space
+            response = response_text(message["content"], prompt, index) + self._end_space
             body, merged = self._encode_response(tail, tail_ids, response)
             if np.isin(body, list(self.stop_ids)).any():
                 raise InputError(f"messages[{index}].content: contains a token that ends a turn; remove it")
@@ -219,7 +219,7 @@ def with_system(messages: Sequence[Message], system: str) -> list[Message]:
     return list(messages)
 
 
-def _response(content: str, prompt: str, index: int) -> str:
+def response_text(content: str, prompt: str, index: int) -> str:
     """What is trained of a response: all of it, but for a <think> that the generation prompt has opened already."""
     if not content.strip():
         raise InputError(f"messages[{index}].content: the response is empty")
@@ -286,7 +286,7 @@ def _find_template(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
     return template, str(folder / "tokenizer_config.json")
 
 
-def _load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise InputError(f"{file}: no such file; a model directory needs the tokeniser in this format")
     try:
