@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 Message = dict[str, str]
 Document = tuple[npt.NDArray[np.uint32], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The front of a response that the student sampled and another model continued (mixed policy)."""
+
+    text: str  # as it stands in the message, an opening that the generation prompt has included
+    ids: Sequence[int] | None = None  # as sampled, without that opening; None: those of the text
+    trained: bool = True
+
 
 _PROBE = "PROBERESPONSE"  # stands for a response while the template's end of turn is looked for
 
@@ -129,13 +140,17 @@ class Chat:
         ids, spans = documents[0]
         return ids.tolist(), spans
 
-    def documents(self, messages: Sequence[Message], *, system: str = DEFAULT_SYSTEM) -> list[Document]:
+    def documents(
+        self, messages: Sequence[Message], *, system: str = DEFAULT_SYSTEM, prefix: Prefix | None = None
+    ) -> list[Document]:
         """A conversation as documents in which every assistant turn is trained exactly once.
 
         Each is (ids uint32 [n], spans); in front of a span stand the ids that inference would feed. What follows the
-        last assistant turn is left out. Raises InputError naming the message when a response cannot be trained.
+        last assistant turn is left out. `prefix`: the front of the last assistant turn, see Prefix. Raises InputError
+        naming the message when a response cannot be trained.
         """
         messages = with_system(messages, system)
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         done: list[Document] = []
         text, ids = "", np.zeros(0, dtype=np.uint32)
         spans: list[tuple[int, int]] = []
@@ -153,12 +168,17 @@ class Chat:
             if spans and not (extends and np.array_equal(head[: len(ids)], ids)):
                 done.append((ids, spans))
                 spans = []
-            response = response_text(message["content"], prompt, index) + self._end_space
+            response = response_text(message["content"], prompt, index)
+            opened = len(message["content"]) - len(response)  # characters that the prompt has already
+            response += self._end_space
             body, merged = self._encode_response(tail, tail_ids, response)
+            untrained = 0
+            if prefix is not None and index == last:
+                body, untrained = self._encode_continued(tail, tail_ids, response, message["content"], opened, prefix)
             if np.isin(body, list(self.stop_ids)).any():
                 raise InputError(f"messages[{index}].content: contains a token that ends a turn; remove it")
             ids = np.concatenate([head, body, np.array([self._end_id], dtype=np.uint32)])
-            spans = [*spans, (len(head), len(ids))]
+            spans = [*spans, (len(head) + untrained, len(ids))]
             # Where prompt and response merge, the history's ids are others than ours: nothing can extend this.
             text = "" if merged else prompt + response + self.end_of_turn.lstrip()
         if not spans:
@@ -180,6 +200,24 @@ class Chat:
             if np.array_equal(both[: len(guard_ids)], guard_ids):
                 return both[len(guard_ids) :], True
         raise InputError(f"{self._name}: the tokeniser merges this response with whatever stands before it")
+
+    def _encode_continued(
+        self, tail: str, tail_ids: npt.NDArray[np.uint32], response: str, content: str, opened: int, prefix: Prefix
+    ) -> tuple[npt.NDArray[np.uint32], int]:
+        """Ids of a response that another model continued behind `prefix`, and how many of them are not trained."""
+        if not content.startswith(prefix.text):
+            raise InputError("prefix: is not the front of the response")
+        written, rest = prefix.text[opened:], content[max(opened, len(prefix.text)) :]
+        rest += response[len(content) - opened :]  # spaces that the template puts in front of the end of turn
+        if prefix.ids is None:
+            ids, _ = self._encode_response(tail, tail_ids, written)
+        elif self.tokenizer.decode(list(prefix.ids), skip_special_tokens=False) == written:
+            ids = np.asarray(prefix.ids, dtype=np.uint32)
+        else:
+            raise InputError("prefix_ids: do not spell the prefix; they are those of another tokeniser")
+        # Never together: the boundary of the sampled tokens stays one, as it was when the response was continued.
+        body, _ = self._encode_response(written, self._encode(written), rest)
+        return np.concatenate([ids, body]), 0 if prefix.trained else len(ids)
 
     def _turns_add_up(self) -> bool:
         """Whether ids(text up to an end of turn + rest) = ids(text) + ids(rest), so that turns encode one by one."""

@@ -44,13 +44,15 @@ def prepare(
     context: int = 65536,
     system: str = DEFAULT_SYSTEM,
     skip_bad: bool = False,
+    mask_prefix: bool = False,
     workers: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the shard set `out` (see shards.py) from `sources` (see sources.py) and return its manifest.
 
     Documents longer than `context` tokens are dropped and counted. `system` goes in front of conversations without a
-    system message ("" for none). `workers`: processes, by default one a core, none for small inputs; the output is
+    system message ("" for none). `mask_prefix` leaves what the student wrote of a mixed-policy response (a row's
+    `prefix`) out of the loss. `workers`: processes, by default one a core, none for small inputs; the output is
     the same for any number. Raises InputError for bad input, and when `out` holds something else already.
     """
     started, now = time.monotonic(), datetime.now()
@@ -59,17 +61,19 @@ def prepare(
         raise InputError(f"context {context}: a document needs at least 2 tokens")
     files = find_sources(names)
     chat = Chat.load(model_dir, now=now)
-    asked = {
+    asked: dict[str, Any] = {
         "inputs": [source.identity() for source in files],
         "parameters": {"context": context, "system": system, "skip_bad": skip_bad},
         "tokenizer": _tokenizer_identity(Path(model_dir), chat),
     }
+    if mask_prefix:
+        asked["parameters"]["mask_prefix"] = True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         manifest = _check_existing(out, asked)
         if not quiet:
             print(f"{out}: already prepared from these inputs, nothing to do")
         return manifest
-    task = Task(os.fspath(model_dir), system, context, now)
+    task = Task(os.fspath(model_dir), system, context, now, mask_prefix)
     try:
         with ShardWriter(out) as writer:
             counts = _write(writer, files, chat, task, skip_bad, workers, quiet)
@@ -319,6 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--system", default=DEFAULT_SYSTEM, help='system prompt of rows that have none, "" for none ("%(default)s")'
     )
     parser.add_argument("--skip-bad", action="store_true", help="list bad rows in bad.jsonl instead of stopping")
+    parser.add_argument(
+        "--mask-prefix", action="store_true", help="no loss on the student's prefix of mixed-policy responses"
+    )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes, of some 200 MB each (one a core; none for small inputs)"
     )

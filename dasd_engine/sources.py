@@ -6,7 +6,8 @@ A source is a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a data set of t
     owner/name                     its files of these kinds (those with "train" in their path, where there are any)
     owner/name@revision:stage1/*   a revision, and the files that match
 
-A row has one of three shapes; `uuid`, `domain` and `meta` are kept beside any of them:
+A row has one of three shapes; `uuid`, `domain` and `meta` are kept beside any of them, and the first two may have the
+`prefix` (with `prefix_ids`) of dasd_engine.mix, the front of the last response that the student itself sampled:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"uuid": "...", "input": "...", "output": "<think>...</think>...", "domain": "...", "meta": "..."}
@@ -34,6 +35,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 SHAPES = '"messages", "input" and "output", or "prompt" and "completion"'
 KEPT = ("uuid", "domain", "meta")  # what a row's meta entry takes over
+PREFIX = ("prefix", "prefix_ids")
 
 BATCH_BYTES = 1 << 20  # of raw rows
 LONGEST_LINE = 64 << 20  # bytes; a longer one is not JSON Lines, and would not fit in memory for long
@@ -74,6 +76,8 @@ class Batch:
 class Row:
     messages: list[dict[str, str]]
     meta: dict[str, Any]  # uuid, domain, meta, as far as the row has them
+    prefix: str | None = None
+    prefix_ids: list[int] | None = None
 
 
 def find_sources(names: Iterable[str | os.PathLike[str]]) -> list[Source]:
@@ -98,23 +102,23 @@ def find_sources(names: Iterable[str | os.PathLike[str]]) -> list[Source]:
     return found
 
 
-def read_batches(source: Source) -> Iterator[Batch]:
-    """Stream a file's rows in batches; blank lines are passed over.
+def read_batches(source: Source, more: Sequence[str] = ()) -> Iterator[Batch]:
+    """Stream a file's rows in batches; blank lines are passed over. `more`: further columns of Parquet to read.
 
     InputError for a file that has no row, and for a damaged one, naming the last line that could be read.
     """
     empty = True
-    for batch in _read_batches(source):
+    for batch in _read_batches(source, more):
         empty = False
         yield batch
     if empty:
         raise InputError(f"{source.name}: has no rows")
 
 
-def _read_batches(source: Source) -> Iterator[Batch]:
+def _read_batches(source: Source, more: Sequence[str]) -> Iterator[Batch]:
     with source.open() as raw:
         if source.name.endswith(".parquet"):
-            yield from _parquet_batches(source, raw)
+            yield from _parquet_batches(source, raw, more)
             return
         rows: list[tuple[int, bytes | dict[str, Any]]] = []
         held = 0
@@ -133,15 +137,18 @@ def parse_row(data: bytes | dict[str, Any]) -> Row:
     row = data if isinstance(data, dict) else _parse_json(data)
     if row.get("messages") is not None:
         messages = _messages(row["messages"], "messages")
+        prefix = _prefix(row)
         if row.get("tools"):
             raise InputError("tools: tool definitions are not supported; remove the field, or the row")
     elif "output" in row or "input" in row:
         messages = [_said("user", row, "input"), _said("assistant", row, "output")]
+        prefix = _prefix(row)
     elif "completion" in row or "prompt" in row:
         messages = [*_turns("user", row, "prompt"), *_turns("assistant", row, "completion")]
+        prefix = None, None  # other data sets have columns of that name
     else:
         raise InputError(f"has the fields {_names(row)}; expected {SHAPES}")
-    return Row(messages, {key: row[key] for key in KEPT if row.get(key) is not None})
+    return Row(messages, {key: row[key] for key in KEPT if row.get(key) is not None}, *prefix)
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -204,7 +211,7 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def _parquet_batches(source: Source, raw: BinaryIO) -> Iterator[Batch]:
+def _parquet_batches(source: Source, raw: BinaryIO, more: Sequence[str]) -> Iterator[Batch]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -214,9 +221,9 @@ def _parquet_batches(source: Source, raw: BinaryIO) -> Iterator[Batch]:
     try:
         # Without a buffer size it reads a column of a row group at once, which may be the whole file.
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-        known = {"messages", "tools", "input", "output", "prompt", "completion", *KEPT}
+        known = {"messages", "tools", "input", "output", "prompt", "completion", *PREFIX, *KEPT, *more}
         columns = [name for name in file.schema_arrow.names if name in known]
-        if not set(columns) - set(KEPT):
+        if not set(columns) - {*PREFIX, *KEPT}:
             raise InputError(f"{source.name}: has the columns {_names(file.schema_arrow.names)}; expected {SHAPES}")
         total = max(file.metadata.num_rows, 1)
         unpacked = sum(file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
@@ -252,6 +259,16 @@ def _said(role: str, row: dict[str, Any], field: str) -> dict[str, str]:
     if field not in row:
         raise InputError(f"{field}: is missing; the row has {_names(row)}")
     return {"role": role, "content": _text(row[field], field)}
+
+
+def _prefix(row: dict[str, Any]) -> tuple[str | None, list[int] | None]:
+    """`prefix` and `prefix_ids` of a row; absent, null or empty is none."""
+    if not row.get("prefix"):
+        return None, None
+    ids = row.get("prefix_ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 32 for i in ids)):
+        raise InputError(f"prefix_ids: is {_kind(ids)}, expected a list of token ids")
+    return _text(row["prefix"], "prefix"), ids
 
 
 def _messages(value: Any, field: str) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from dasd_engine.chat import Chat, Document
+from dasd_engine.chat import Chat, Document, Prefix
 from dasd_engine.errors import InputError
 from dasd_engine.sources import Batch, parse_row
 
@@ -33,6 +33,7 @@ class Task:
     system: str
     context: int
     now: datetime  # for templates that write the date: one for all workers
+    mask_prefix: bool = False
 
 
 @dataclass
@@ -54,7 +55,8 @@ def encode_batch(chat: Chat, task: Task, batch: Batch) -> Result:
     for line, data in batch.rows:
         try:
             row = parse_row(data)
-            documents = chat.documents(row.messages, system=task.system)
+            prefix = Prefix(row.prefix, row.prefix_ids, trained=not task.mask_prefix) if row.prefix else None
+            documents = chat.documents(row.messages, system=task.system, prefix=prefix)
         except InputError as error:
             result.bad.append((line, str(error)))
             continue
