@@ -30,7 +30,6 @@ from dasd_engine.errors import InputError
 from dasd_engine.evaluate import final_answer, is_right
 
 REASONS = {  # in the order in which they are asked: a response is counted under the first that applies
-    "not_scored": "the student could not score it",
     "not_text": "not valid Unicode",
     "empty": "no text",
     "truncated": "cut off by the token limit",
@@ -44,6 +43,7 @@ REASONS = {  # in the order in which they are asked: a response is counted under
     "repetition": "repeats itself",
     "no_known_answer": "right answers only: none is known for the question",
     "wrong_answer": "right answers only: wrong",
+    "not_scored": "fit to train on, but without a score",
 }
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dasd_engine.chat import Chat
+from dasd_engine.chat import DEFAULT_SYSTEM, Chat
 from dasd_engine.errors import InputError
 from dasd_engine.filters import Drop, Filters, examine
 from dasd_engine.records import read_rows
@@ -161,11 +161,15 @@ class _Chunk:
 
 @dataclass
 class Pool:
-    """The candidates of all inputs, at one temperature or all, filtered. `chat` is the student's."""
+    """The candidates of all inputs, at one temperature or all, filtered.
+
+    `chat` is the student's, `system` the prompt of questions that have none.
+    """
 
     filters: Filters
     chat: Chat | None = None
     temperature: float | None = None
+    system: str = DEFAULT_SYSTEM
     scores: list[Scores] = field(default_factory=list)  # of each input
     read: list[Candidate] = field(default_factory=list)  # all that are scored
     kept: list[Candidate] = field(default_factory=list)
@@ -216,16 +220,18 @@ class Pool:
         text = _field(row, "text", str, where)
         self._same_question(question, _field(row, "messages", list, where), where)
         self.asked.setdefault(temperature, set()).add(question)
-        drop: Drop | None = Drop("not_scored", scores.errors.get(number, "no row in scores.jsonl"))
-        if (index := scores.row.get(number)) is not None:
+        index, found = scores.row.get(number), None
+        if index is not None:
             types, tokens = scores.types[index].tolist(), scores.tokens[index]
             found = Candidate(question, temperature, candidate, source, index, _digest(text), *tokens, *types)
             self.read.append(found)
-            drop = self._examine(row, tokens[1], where) if sum(types) else Drop("not_scored", "no sentences")
-            if drop is None:
-                self.kept.append(found)
+        drop = self._examine(row, scores.tokens[index][1] if index is not None else None, where)
+        if drop is None and (found is None or not found.sentences):
+            drop = _unscored(scores.errors.get(number, "no row in scores.jsonl") if found is None else "no sentences")
         if drop is not None:
             self._drop(drop, key, where, text)
+        elif found is not None:
+            self.kept.append(found)
 
     def _drop(self, drop: Drop, key: Key, where: str, text: str) -> None:
         self._examples[drop.reason] += 1
@@ -246,12 +252,13 @@ class Pool:
             if text.encode("utf-8", "replace").decode() != text:
                 raise InputError(f"{where}: `messages` hold half a surrogate pair, which is not text")
 
-    def _examine(self, row: dict[str, Any], student_tokens: int, where: str) -> Drop | None:
+    def _examine(self, row: dict[str, Any], student_tokens: int | None, where: str) -> Drop | None:
+        """`student_tokens`: of the response; None when the student has not counted them."""
         stops = [self.chat.tokenizer.id_to_token(token) for token in sorted(self.chat.stop_ids)] if self.chat else []
         return examine(
             row["text"],
             finish_reason=_field(row, "finish_reason", str, where),
-            tokens=lambda output: self._length(row, output, student_tokens),
+            tokens=lambda output: 0 if student_tokens is None else self._length(row, output, student_tokens),
             answer=None if row.get("answer") is None else _field(row, "answer", str, where),
             filters=self.filters,
             stop_tokens=[token for token in stops if token],
@@ -262,12 +269,17 @@ class Pool:
         if self.chat is None:
             return student_tokens + 1  # the end of its turn
         if row["id"] not in self._prompts:
-            self._prompts[row["id"]] = len(self.chat.prompt_ids(row["messages"]))
+            self._prompts[row["id"]] = len(self.chat.prompt_ids(row["messages"], system=self.system))
         length = self._prompts[row["id"]] + student_tokens + 1
-        if self.filters.thinking and output == row["text"] and abs(length - self.filters.context) > NEAR:
+        if abs(length - self.filters.context) > NEAR:
             return length
-        documents = self.chat.documents([*row["messages"], {"role": "assistant", "content": output}])
-        return max(len(ids) for ids, _ in documents)
+        messages = [*row["messages"], {"role": "assistant", "content": output}]
+        return max(len(ids) for ids, _ in self.chat.documents(messages, system=self.system))
+
+
+def _unscored(error: str) -> Drop:
+    kind, _, detail = error.partition(": ")
+    return Drop("too_long", detail) if kind == "context" else Drop("not_scored", error)
 
 
 def _named(key: Key) -> str:

@@ -1,6 +1,6 @@
 """Choose the responses to train on: filter a teacher's scored candidates, take one a question, report on the choice.
 
-    python -m dasd_engine.select scores --out chosen --temperature 0.6 --student models/Qwen3-4B
+    python -m dasd_engine.select scores --out chosen --temperature 0.6
     python -m dasd_engine.select scores --out control --temperature 0.6 --rule random
 
 SCORES are directories of dasd_engine.score; each names the candidates it was made from. A rule chooses among the
@@ -27,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dasd_engine.chat import Chat
+from dasd_engine.chat import DEFAULT_SYSTEM, Chat
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Filters, Repetition, normalise
 from dasd_engine.records import ASKED, LOCK, OutputDirectory, read_finished, read_json, write_json
@@ -58,15 +58,16 @@ def select(
     """Write the directory `out` (see this module's docstring) and return its manifest.
 
     `rule`: one of selection.RULES. `beta`, `alpha`: thresholds of selection.count_types and count_four_types.
-    `temperature`: None for all, each for itself. `student`: a model directory (tokenizer, template); with it the prompt
-    counts against `context` as it will in prepare, without it the response alone. `context`, `thinking`, `right_only`,
-    `repetition`: see filters.Filters. `seed`: of the rule `random`. Raises InputError for whatever is wrong.
+    `temperature`: None for all, each for itself. `student`: where the student that scored lies now (its tokenizer and
+    template tell how long prepare's document will be), by default where it lay then. `context`, `thinking`,
+    `right_only`, `repetition`: see filters.Filters. `seed`: of the rule `random`. Raises InputError for bad input.
     """
     filters = Filters(context, thinking, right_only, repetition)
     _check(rule, beta, alpha, filters)
     given = [scores] if isinstance(scores, str | os.PathLike) else list(scores)
     inputs = [_open(Path(directory)) for directory in given]
-    chat = Chat.load(student) if student is not None else None
+    folder = _student(student, inputs)
+    chat = Chat.load(folder) if folder else None
     hashes = {f"{name} {i}": value for i, one in enumerate(inputs, 1) for name, value in one.hashes().items()}
     if len(set(hashes.values())) < len(hashes):
         raise InputError("two of the scores directories have the same scores or candidates; name each once")
@@ -74,12 +75,13 @@ def select(
     asked = {
         "command": "select",
         "inputs": hashes,
-        "parameters": {**parameters, **asdict(filters), "student": _identity(student, chat)},
+        "parameters": {**parameters, **asdict(filters), "student": _identity(folder, chat)},
     }
     with OutputDirectory(out, asked) as output:
         if output.manifest is None:
             try:
-                pool = Pool(filters, chat, temperature)
+                system = inputs[0].manifest.get("parameters", {}).get("system", DEFAULT_SYSTEM)
+                pool = Pool(filters, chat, temperature, system)
                 for one in inputs:
                     pool.add(one.candidates, read_scores(one.scores, beta, alpha), quiet)
                 _write(output, pool, inputs, rule, seed)
@@ -114,10 +116,14 @@ def _check(rule: str, beta: float, alpha: float, filters: Filters) -> None:
 class _Input:
     scores: Path
     candidates: Path
+    manifest: dict[str, Any]  # of dasd_engine.score
 
     def hashes(self) -> dict[str, str]:
         """Contents, not names: a directory that was moved is the same input."""
-        return {"scores": hash_file(self.scores), "candidates": hash_file(self.candidates)}
+        found = {"scores": hash_file(self.scores), "candidates": hash_file(self.candidates)}
+        if self.manifest.get("inputs", {}).get("candidates", found["candidates"]) != found["candidates"]:
+            raise InputError(f"{self.candidates}: has changed since {self.scores} was made; score it anew")
+        return found
 
 
 def _open(directory: Path) -> _Input:
@@ -126,17 +132,39 @@ def _open(directory: Path) -> _Input:
     named = manifest.get("candidates")
     if not isinstance(named, str):
         raise InputError(f"{directory}/manifest.json: names no `candidates` directory; score the candidates anew")
-    for folder in (Path(named), directory / named):
-        if (folder / "candidates.jsonl").is_file():
-            return _Input(directory / "scores.jsonl", folder / "candidates.jsonl")
-    raise InputError(f"{named}/candidates.jsonl: no such file, but {directory} was made from it; put it back")
+    candidates = Path(named) / "candidates.jsonl"
+    if not candidates.is_file():
+        raise InputError(
+            f"{candidates}: no such file, but {directory} was made from it; put it back (released data have one "
+            "response a question: prepare reads them as they are)"
+        )
+    return _Input(directory / "scores.jsonl", candidates, manifest)
 
 
-def _identity(student: str | os.PathLike[str] | None, chat: Chat | None) -> dict[str, str] | None:
+def _student(given: str | os.PathLike[str] | None, inputs: Sequence[_Input]) -> Path | None:
+    """The directory of the student that made the scores; None where they do not say."""
+    students = [one.manifest.get("inputs", {}).get("student") for one in inputs]
+    for one, student in zip(inputs, students, strict=True):
+        if student != students[0]:
+            raise InputError(f"{one.scores}: has the scores of another student than {inputs[0].scores}; select apart")
+    named = given if given is not None else inputs[0].manifest.get("student")
+    if named is None:
+        return None
+    folder = Path(named)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory; name where the student of {inputs[0].scores} is: --student DIR")
+    file = folder / "tokenizer.json"
+    expected = (students[0] or {}).get(file.name)
+    if expected is not None and file.is_file() and hash_file(file) != expected:
+        raise InputError(f"{file}: is not the tokenizer that {inputs[0].scores} was made with; its tokens were counted")
+    return folder
+
+
+def _identity(student: Path | None, chat: Chat | None) -> dict[str, str] | None:
     if student is None or chat is None:
         return None
     template = sha256(chat.template.encode()).hexdigest()
-    return {"tokenizer": hash_file(Path(student) / "tokenizer.json"), "template": template}
+    return {"tokenizer": hash_file(student / "tokenizer.json"), "template": template}
 
 
 def _write(output: OutputDirectory, pool: Pool, inputs: Sequence[_Input], rule: str, seed: int) -> None:
@@ -253,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--beta", type=float, default=0.1, help="a teacher sentence has p_T - p_S above this (%(default)s)")
     add("--alpha", type=float, default=0.1, help="with a distilled model: shared sentences differ less (%(default)s)")
     add("--temperature", type=float, metavar="T", help="only candidates of this one (default: all, each for itself)")
-    add("--student", metavar="DIR", help="tokenizer and template, to count the prompt against the context too")
+    add("--student", metavar="DIR", help="where the student that scored is now (default: where it was)")
     add("--context", type=int, default=65536, metavar="N", help="longest document, in student tokens (%(default)s)")
     add("--no-thinking", action="store_false", dest="thinking", help="keep responses without a thinking part too")
     add("--right-only", action="store_true", help="keep right answers only; the question's answer must be known")

@@ -111,7 +111,7 @@ def _filters(section: dict[str, Any], parameters: dict[str, Any]) -> list[str]:
         lines.append(f"           {count:>9,}  {_percent(count, read)}  {reason:<16} {REASONS[reason]}")
     lines.append(f"           {counts['kept']:>9,}  {_percent(counts['kept'], read)}  left")
     if parameters["student"] is None:
-        lines.append("           The context was compared with the response alone; --student counts the prompt too.")
+        lines.append("           The scores name no student: prompts were not counted against the context.")
     return lines
 
 

@@ -5,6 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from dasd_engine.shards import hash_file
+
 SENTENCES = {"t": (0.9, 0.2), "c": (0.5, 0.5), "s": (0.1, 0.8)}  # p_T, p_S of a sentence of each type
 THINKING = "<think>\nAdd {0} to it.\n</think>\n\nThe answer is {0}."
 
@@ -23,7 +25,7 @@ def candidate(question: str, number: int, sentences: str = "ttc", tokens: int = 
     }  # fmt: skip
 
 
-def write_scored(path: Path, candidates: list[dict[str, Any]]) -> Path:
+def write_scored(path: Path, candidates: list[dict[str, Any]], student: Path | None = None) -> Path:
     """`path`/candidates and `path`/scores as sample and score leave them; the scores in another order."""
     rows, scores = [], []
     for line, one in enumerate(candidates, 1):
@@ -44,9 +46,21 @@ def write_scored(path: Path, candidates: list[dict[str, Any]]) -> Path:
     random.Random(0).shuffle(scores)
     _write(path / "candidates/candidates.jsonl", rows)
     _write(path / "scores/scores.jsonl", scores)
-    manifest = {"candidates": str(path / "candidates"), "parameters": {"beta": 0.1}, "counts": {}}
+    manifest = {"candidates": str(path / "candidates"), "inputs": {}, "parameters": {"beta": 0.1, "system": ""}}
+    if student is not None:
+        manifest |= {"student": str(student)}
+        manifest["inputs"] = {"student": {"tokenizer.json": hash_file(student / "tokenizer.json")}}
     (path / "scores/manifest.json").write_text(json.dumps(manifest))
+    seal(path)
     return path / "scores"
+
+
+def seal(path: Path) -> None:
+    """Note in the manifest what candidates.jsonl holds."""
+    file = path / "scores/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["inputs"]["candidates"] = hash_file(path / "candidates/candidates.jsonl")
+    file.write_text(json.dumps(manifest))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

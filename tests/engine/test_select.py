@@ -13,7 +13,8 @@ from chats import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import environment
-from scored_runs import candidate, many, write_scored
+from scored_runs import candidate, many, seal, write_scored
+from tiny_models import make_theirs
 
 from dasd_engine import select as select_module
 from dasd_engine.chat import Chat
@@ -376,10 +377,8 @@ def test_prepare_reads_the_choice(tmp_path):
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "2+2?"},
     ]  # fmt: skip
-    scores = write_scored(
-        tmp_path, [candidate("a", 0, text=harmony, task="sums"), candidate("b", 0, text=harmony, messages=turns)]
-    )
-    select(scores, tmp_path / "out", student=model, quiet=True)
+    found = [candidate("a", 0, text=harmony, task="sums"), candidate("b", 0, text=harmony, messages=turns)]
+    select(write_scored(tmp_path, found, model), tmp_path / "out", quiet=True)
     chosen = rows(tmp_path / "out/selected.jsonl")
     assert [list(row) for row in chosen] == [
         ["uuid", "input", "output", "domain", "meta"], ["uuid", "messages", "domain", "meta"]
@@ -401,13 +400,14 @@ def test_with_a_student_the_context_is_that_of_prepare(tmp_path, words):
     model = write_model(tmp_path / "model")
     chat = Chat.load(model)
     text = "<think>" + " ".join(f"{i * 7919}" for i in range(words)) + "</think>So 4."
-    scores = write_scored(tmp_path, [candidate("a", 0, text=text, tokens=len(chat.tokenizer.encode(text).ids))])
-    select(scores, tmp_path / "first", student=model, quiet=True)
-    manifest = prepare([tmp_path / "first/selected.jsonl"], model, tmp_path / "shards", quiet=True)
+    tokens = len(chat.tokenizer.encode(text).ids)
+    scores = write_scored(tmp_path, [candidate("a", 0, text=text, tokens=tokens)], model)
+    select(scores, tmp_path / "first", quiet=True)
+    manifest = prepare([tmp_path / "first/selected.jsonl"], model, tmp_path / "shards", system="", quiet=True)
     length = manifest["counts"]["tokens"]
     for context, kept in ((length, True), (length - 1, False), (length + 200, True), (max(2, length - 200), False)):
         try:
-            select(scores, tmp_path / str(context), student=model, context=context, quiet=True)
+            select(scores, tmp_path / str(context), context=context, quiet=True)
         except InputError as error:
             assert not kept and "1 too_long" in str(error)
         else:
@@ -416,9 +416,53 @@ def test_with_a_student_the_context_is_that_of_prepare(tmp_path, words):
 
 def test_a_response_that_would_end_the_students_turn(tmp_path):
     model = write_model(tmp_path / "model")
-    scores = write_scored(tmp_path, [candidate("a", 0, text="<think>a<|im_end|></think>b"), candidate("a", 1)])
-    manifest = select(scores, tmp_path / "out", student=model, quiet=True)
+    found = [candidate("a", 0, text="<think>a<|im_end|></think>b"), candidate("a", 1)]
+    manifest = select(write_scored(tmp_path, found, model), tmp_path / "out", quiet=True)
     assert manifest["counts"]["dropped"] == {"not_trainable": 1}
+
+
+def test_the_student_is_the_one_that_scored(tmp_path):
+    model, other = write_model(tmp_path / "model"), write_model(tmp_path / "other", split="gpt2")
+    scores = write_scored(tmp_path / "a", [candidate("a", 0)], model)
+    more = write_scored(tmp_path / "b", [candidate("b", 0)], other)
+    with pytest.raises(InputError, match="scores of another student"):
+        select([scores, more], tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"other/tokenizer\.json: is not the tokenizer"):
+        select(scores, tmp_path / "out", student=other, quiet=True)
+    model = model.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="model: no such directory; .* --student DIR"):
+        select(scores, tmp_path / "out", quiet=True)
+    select(scores, tmp_path / "out", student=model, quiet=True)
+
+
+def test_scores_of_a_real_student(tmp_path):
+    """The directory that dasd_engine.score writes, of a student with random weights."""
+    from dasd_engine.score import score
+
+    student = write_model(tmp_path / "student")
+    chat = Chat.load(student)
+    vocabulary = max(chat.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    make_theirs(student, "qwen3", vocab_size=vocabulary)
+    found = []
+    for question, number in itertools.product("ab", range(3)):
+        row = candidate(question, number)
+        ids = chat.tokenizer.encode(row["text"]).ids
+        sizes = [len(chat.tokenizer.decode(ids[: i + 1], skip_special_tokens=False).encode()) for i in range(len(ids))]
+        row |= {"token_ids": ids, "logprobs": [-0.1 * (number + 1)] * len(ids), "token_ends": sizes}
+        found.append(row)
+    found[1]["finish_reason"] = "length"
+    found[2]["logprobs"][3] = 1.0
+    write_scored(tmp_path, found)
+    score(tmp_path / "candidates/candidates.jsonl", student, tmp_path / "real", quiet=True)
+    manifest = select(tmp_path / "real", tmp_path / "out", rule="random", quiet=True)
+    assert manifest["counts"]["dropped"] == {"truncated": 1, "not_scored": 1}
+    assert manifest["parameters"]["student"] is not None
+    chosen = [json.loads(row["meta"]) for row in rows(tmp_path / "out/selected.jsonl")]
+    scored = {(row["id"], row["candidate"]): row for row in rows(tmp_path / "real/scores.jsonl")}
+    for uuid, meta in zip("ab", chosen, strict=True):
+        assert meta["counts"] == scored[uuid, meta["candidate"]]["counts"]
+    with pytest.raises(InputError, match="no candidate is left by the filters: 1 truncated, 4 too_long, 1 not_scored"):
+        select(tmp_path / "real", tmp_path / "short", context=10, quiet=True)
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -524,8 +568,12 @@ def test_changed_inputs_are_refused(tmp_path):
     select(scores, tmp_path / "out", quiet=True)  # another place is the same input
     path = tmp_path / "candidates/candidates.jsonl"
     path.write_text(path.read_text().replace("a.1", "a.9"))
-    with pytest.raises(InputError, match="candidates 1"):
+    with pytest.raises(InputError, match=r"candidates\.jsonl: has changed since .* was made; score it anew"):
         select(scores, tmp_path / "out", quiet=True)
+    scores.rename(tmp_path / "scores")
+    seal(tmp_path)
+    with pytest.raises(InputError, match="inputs.candidates 1: .* then, .* now"):
+        select(tmp_path / "scores", tmp_path / "out", quiet=True)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -536,6 +584,7 @@ def edit(path, line, **fields):
     found = rows(path)
     found[line - 1] = {key: value for key, value in {**found[line - 1], **fields}.items() if value is not None}
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    seal(path.parents[1])
 
 
 @pytest.mark.parametrize(
@@ -592,16 +641,18 @@ def test_what_cannot_be_scored_is_counted(tmp_path):
     scores = write_scored(
         tmp_path,
         [
-            candidate("a", 0, error="non-finite logprob"), candidate("a", 1, ""), candidate("a", 2, "tc"),
-            candidate("a", 3, "tc"),
+            candidate("a", 0, error="logprobs: non-finite"), candidate("a", 1, ""), candidate("a", 2, "tc"),
+            candidate("a", 3, "tc"), candidate("a", 4, error="context: 70000 tokens, more than the student's 65536"),
+            candidate("a", 5, error="logprobs: non-finite", finish_reason="length"),
         ],
     )  # fmt: skip
     kept = [row for row in rows(scores / "scores.jsonl") if row["source"] != 4]
     (scores / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     manifest = select(scores, tmp_path / "out", quiet=True)
-    assert manifest["counts"]["dropped"] == {"not_scored": 3}
+    assert manifest["counts"]["dropped"] == {"truncated": 1, "too_long": 1, "not_scored": 3}
     assert [row["detail"] for row in rows(tmp_path / "out/dropped.jsonl")] == [
-        "non-finite logprob", "no sentences", "no row in scores.jsonl"
+        "logprobs: non-finite", "no sentences", "no row in scores.jsonl",
+        "70000 tokens, more than the student's 65536", "after 51 characters",
     ]  # fmt: skip
 
 
@@ -619,6 +670,9 @@ def test_directories_that_are_not_scores(tmp_path):
     scores = small(tmp_path)
     (tmp_path / "candidates/candidates.jsonl").rename(tmp_path / "gone")
     with pytest.raises(InputError, match=r"candidates/candidates\.jsonl: no such file, but .*scores was made from it"):
+        select(scores, tmp_path / "out")
+    (scores / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="names no `candidates` directory"):
         select(scores, tmp_path / "out")
     (scores / "manifest.json").unlink()
     with pytest.raises(InputError, match="has not finished it"):
