@@ -34,7 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dasd_kernels import triton_rows, triton_score
+from dasd_kernels import triton_kl, triton_rows, triton_score
 from dasd_kernels.machine_code import PRODUCTS, TMA, Machine, read_gcn, read_sass
 from dasd_kernels.triton_ce import WORKSPACE, chunk_rows
 
@@ -50,7 +50,7 @@ ELEMENTS = ("x", "w", "bias", "e_out", "xs")
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation; `kernel` is the name of a function of triton_score or triton_rows."""
+    """One compilation; `kernel` is the name of a function of triton_score, triton_kl or triton_rows."""
 
     arch: str
     kernel: str
@@ -88,7 +88,7 @@ class Facts:
 
 
 def cases(arch: str) -> list[Case]:
-    return [c for dtype in NAMES for c in [*products(arch, dtype), *sweeps(arch, dtype)]]
+    return [c for dtype in NAMES for c in [*products(arch, dtype), *divergences(arch, dtype), *sweeps(arch, dtype)]]
 
 
 def products(arch: str, dtype: torch.dtype) -> list[Case]:
@@ -96,7 +96,7 @@ def products(arch: str, dtype: torch.dtype) -> list[Case]:
     fp32 = dtype == torch.float32
     precision = "tf32x3" if fp32 and not arch.startswith("gfx") else "ieee"
     off = {"BIAS": False, "SOFTCAP": False, "WIDEN": False, "PRECISION": precision}
-    tma = arch in ("sm_90", "sm_100") and not fp32
+    tma = triton_score.has_tma(arch, dtype)
     every = {"BIAS": True, "SOFTCAP": True}
     wanted: list[tuple[str, str, dict[str, Any], bool]] = [
         ("score", "score", {}, True),
@@ -127,6 +127,25 @@ def products(arch: str, dtype: torch.dtype) -> list[Case]:
     return found
 
 
+def divergences(arch: str, dtype: torch.dtype) -> list[Case]:
+    """kl_kernel as sum_pair launches it."""
+    fp32, amd = dtype == torch.float32, arch.startswith("gfx")
+    every = {"BIAS": True, "BIAS2": True, "SOFTCAP": True, "SOFTCAP2": True}
+    found = []
+    for name, switches, aligned in (
+        ("", {}, True), ("retry", {"RETRY": True}, True), ("all", every, True), ("unaligned", {}, False),
+        ("all unaligned", every, False),
+    ):  # fmt: skip
+        tile = triton_kl.kl_tile(dtype, arch, switches is every, aligned)
+        flags = {
+            **dict.fromkeys(every, False), "WIDEN": False, "PRECISION": "tf32x3" if fp32 and not amd else "ieee",
+            "SPLITS": 16, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "EVEN": aligned, "RETRY": False,
+            "TMA": triton_score.has_tma(arch, dtype) and aligned, **switches,
+        }  # fmt: skip
+        found.append(Case(arch, "kl_kernel", NAMES[dtype], name, flags, tile.warps, tile.stages, aligned))
+    return found
+
+
 def sweeps(arch: str, dtype: torch.dtype) -> list[Case]:
     name, shape = NAMES[dtype], {"PARTS": 16, "WIDTH": 16, "BLOCK": 64}
     every = {"ENTROPY": True, "RANK": True, "GRAD": True, "SOFTCAP": True}
@@ -139,6 +158,7 @@ def sweeps(arch: str, dtype: torch.dtype) -> list[Case]:
     ]
     if dtype == torch.float32:
         wanted += [("check_kernel", shape), ("raise_kernel", shape), ("segment_kernel", {"BLOCK": 1024})]
+        wanted += [("kl_finish_kernel", shape)]
     return [Case(arch, kernel, name, "", flags) for kernel, flags in wanted]
 
 
@@ -147,35 +167,35 @@ def signature(case: Case, names: list[str]) -> tuple[dict[str, str], dict[str, A
     types: dict[str, str] = {}
     constants = dict(case.flags)
     tma = case.flags.get("TMA", False)
-    for name in names:
-        if name in case.flags:
-            types[name] = "constexpr"
+    for full in names:
+        name = full.removesuffix("2")  # the student's in kl_kernel
+        if full in case.flags:
+            kind = "constexpr"
         elif name in ("x", "w") and tma:
             side = case.flags["BM" if name == "x" else "BN"]
-            types[name] = f"tensordesc<{case.dtype}[{side},{case.flags['BK']}]>"
+            kind = f"tensordesc<{case.dtype}[{side},{case.flags['BK']}]>"
         elif name in ("stride_xd", "stride_wd") or (name == "bias" and not case.flags["BIAS"]):
-            types[name], constants[name] = "constexpr", None if name == "bias" else 1
+            kind, constants[full] = "constexpr", None if name == "bias" else 1
         elif name in INT64 or (name in ("out_rank", "count") and case.kernel in ("finish_kernel", "segment_kernel")):
-            types[name] = "*i64"
+            kind = "*i64"
         elif name == "poison":
-            types[name] = "*i8"
+            kind = "*i8"
         elif name in ("out_rank", "ranks"):
-            types[name] = "*i32"
+            kind = "*i32"
         elif name in ELEMENTS or (name == "out" and case.kernel != "mean_logit_kernel"):
-            types[name] = "*" + case.dtype
+            kind = "*" + case.dtype
         elif name in PLAIN:
-            types[name] = "i32"
-        elif name in FLOATS:
-            types[name] = "fp32"
+            kind = "i32"
         else:
-            types[name] = "*fp32"
-    even = {"D", "stride_xn", "stride_wv"} if case.aligned else set()
+            kind = "fp32" if name in FLOATS else "*fp32"
+        types[full] = kind
+    even = {"D", "stride_xn", "stride_wv", "D2", "stride_xn2", "stride_wv2"} if case.aligned else set()
     multiple = [n for n in names if types[n].startswith("*") or n in even | {"stride_e"}]
     return types, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in multiple}
 
 
 def compile_case(case: Case) -> Facts:
-    kernel = getattr(triton_score, case.kernel, None) or getattr(triton_rows, case.kernel)
+    kernel = next(k for m in (triton_score, triton_rows, triton_kl) if (k := getattr(m, case.kernel, None)))
     names = kernel.arg_names
     types, constants, attributes = signature(case, names)
     keyed = {(names.index(k),): v for k, v in constants.items()}
@@ -199,7 +219,7 @@ def compile_case(case: Case) -> Facts:
     facts.loads = "TMA" if narrowest == TMA else str(narrowest or "")
     if case.block():
         rows, columns, _ = case.block()
-        size, width = 4 if case.dtype == "fp32" else 2, SHAPE[1]
+        size, width = 4 if case.dtype == "fp32" else 2, SHAPE[1] * (2 if case.kernel == "kl_kernel" else 1)
         facts.mflop = 2e-6 * rows * columns * width
         stored = rows * columns if case.flags.get("MODE") == "store" else 0
         facts.kbytes = size / 1024 * ((rows + columns) * width + stored)
@@ -238,12 +258,15 @@ class Work:
 
 
 def work(arch: str) -> list[Work]:
-    """The score, and a loss with its gradients (two of the three products by cuBLAS, in fp32 accumulation)."""
+    """The score, a loss with its gradients (two of the three products by cuBLAS, in fp32 accumulation), and the
+    divergences of two models of this width."""
     n, d, v = SHAPE
     dot = 2e-12 * n * d * v
     found = []
-    for call in ("score", "train"):
+    for call, models in (("score", 1), ("train", 1), ("divergence", 2)):
         tile = triton_score.exp_tile(torch.bfloat16, arch, call == "train", False, True)
+        if models == 2:
+            tile = triton_kl.kl_tile(torch.bfloat16, arch, False, True)
         rows, columns = math.ceil(n / tile.bm) * tile.bm, math.ceil(v / tile.bn) * tile.bn
         own = 2e-12 * d * (rows * columns + n * (triton_score.SAMPLES + 64))
         to_chip = 2e-9 * d * (rows // tile.bm) * (columns // tile.bn) * (tile.bm + tile.bn)
@@ -257,8 +280,8 @@ def work(arch: str) -> list[Work]:
             head = d * v * (2 * chunks + 4 * (2 * chunks - 1))  # W read for dX; dW read and written, once a chunk
             memory += 1e-9 * (3 * 2 * n * pitch + sweeps_of_rows + head)  # E is written once and read twice
             least += 1e-9 * (2 * d * n + 4 * d * v)
-        extra, floor = (2 * dot, 3 * dot) if call == "train" else (0.0, dot)
-        found.append(Work(arch, call, own + extra, floor, to_chip, memory, least))
+        extra, floor = (2 * dot, 3 * dot) if call == "train" else (0.0, models * dot)
+        found.append(Work(arch, call, models * own + extra, floor, models * to_chip, models * memory, models * least))
     return found
 
 

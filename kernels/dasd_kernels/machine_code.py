@@ -46,7 +46,7 @@ class Syntax:
 
 
 SASS = Syntax(
-    r"(?:@\S+ )?([A-Z]*MMA)\b", r"(?:@\S+ )?(?:BRA|BRX|JMP)\b.*?\(?(\.L\w+)", r"(?:BRA|JMP) `?\(?\.L|EXIT|RET|BPT"
+    r"(?:@\S+ )?([A-Z]*MMA)\b", r"(?:@\S+ )?(?:BRA|BRX|JMP|CALL)\b.*?\(?(\.L\w+)", r"(?:BRA|JMP) `?\(?\.L|EXIT|RET|BPT"
 )
 GCN = Syntax(r"(v_mfma)", r"s_c?branch\w* (\.L\w+)", r"s_branch |s_endpgm")
 
@@ -104,9 +104,11 @@ def parts(code: list[str], syntax: Syntax) -> tuple[tuple[str, ...], tuple[int, 
         products = tuple(opcode[i] for i in sorted(body) if opcode[i])
         loads = tuple(b for i in sorted(body) if (b := bits[i]))
         found.append(Loop(products, sum(size[i] for i in body) - len(products), loads))
-    every = frozenset().union(*inner)
-    whole = [body for body in loops if body > every or (len(inner) > 1 and body >= every)]
-    around = sum(size[i] for i in min(whole, key=len) - every) if whole else 0
+    around = 0
+    if outer := [body for body in loops if body not in inner]:  # of several, a compiler's versions, the fullest
+        held = lambda body: [one for one in inner if one < body]  # noqa: E731
+        whole = max(outer, key=lambda body: (len(held(body)), -len(body)))
+        around = sum(size[i] for i in whole.difference(*held(whole)))
     return tuple(o for o in opcode if o), tuple(b for b in bits if b), tuple(found), around
 
 

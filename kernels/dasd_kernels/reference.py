@@ -29,6 +29,13 @@ class RatioScores(NamedTuple):
     log_ratio: Tensor
 
 
+class Divergences(NamedTuple):
+    """Teacher p and student q on the same tokens, per token [N], nats; ignored positions hold 0."""
+
+    forward: Tensor  # KL(p, q) = sum p log(p / q)
+    reverse: Tensor  # KL(q, p) = sum q log(q / p)
+
+
 class SegmentScores(NamedTuple):
     """Per segment, [S]. An empty segment has count 0, sum 0 and mean and geometric mean NaN."""
 
@@ -96,6 +103,22 @@ def log_ratio(
     teacher = score(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
     student = score(student_hidden, student_weight, student_bias, student_softcap)
     return RatioScores(teacher, student, teacher.logprob - student.logprob)
+
+
+def kl_divergence(
+    teacher_hidden: Tensor, teacher_weight: Tensor, student_hidden: Tensor, student_weight: Tensor, *,
+    labels: Tensor | None = None, ignore_index: int = -100, vocab_size: int | None = None,
+    teacher_bias: Tensor | None = None, student_bias: Tensor | None = None, teacher_softcap: float | None = None,
+    student_softcap: float | None = None, temperature: float | Tensor = 1.0,
+) -> Divergences:  # fmt: skip
+    z_t = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, temperature)
+    z_s = logits(student_hidden, student_weight, student_bias, student_softcap, temperature)
+    log_p, log_q = (z[:, :vocab_size].log_softmax(1) for z in (z_t, z_s))
+    gap = log_p - log_q
+    forward, reverse = (log_p.exp() * gap).sum(1), -(log_q.exp() * gap).sum(1)
+    if labels is not None:
+        forward, reverse = (kl.where(labels != ignore_index, 0) for kl in (forward, reverse))
+    return Divergences(forward, reverse)
 
 
 def segment_scores(logprob: Tensor, offsets: Tensor) -> SegmentScores:

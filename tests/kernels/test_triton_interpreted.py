@@ -1,5 +1,5 @@
-"""Runs triton_cases.py in a process of its own: TRITON_INTERPRET=1 must be set before Triton is imported, and would
-make the kernels of every other test interpreted too."""
+"""Runs triton_cases.py and triton_kl_cases.py in processes of their own: TRITON_INTERPRET=1 must be set before Triton
+is imported, and would make the kernels of every other test interpreted too."""
 
 import os
 import subprocess
@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_triton_kernels_under_the_interpreter():
+@pytest.mark.parametrize("file", ["triton_cases.py", "triton_kl_cases.py"])
+def test_triton_kernels_under_the_interpreter(file):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

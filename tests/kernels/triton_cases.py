@@ -2,54 +2,20 @@
 on a machine with a GPU by `pytest tests/kernels/triton_cases.py`.
 
 The rule: error against float64 below k times that of plain torch in the inputs' precision, plus a few roundings.
-Triton 3.7's interpreter truncates fp32 to bf16 where devices round to nearest, so its conversion is replaced here.
-It also multiplies by numpy, whose bits for a row depend on where the row lies; tests of equal bits take integers,
-whose products are exact, there.
+The interpreter multiplies by numpy, whose bits for a row depend on where the row lies; tests of equal bits take
+integers, whose products are exact, there. triton_setup.py checks every access of every kernel.
 """
-
-import os
 
 import pytest
 import torch
+import triton
 import triton.language as tl
+from triton_setup import DEVICE, INTERPRETED, Guarded, error, make, marked, run
 
 from dasd_kernels import linear_cross_entropy, log_ratio, reference, triton_ce, triton_rows
 from dasd_kernels.chunked import Row
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton.runtime import interpreter
-
-    convert_any = interpreter._convert_float
-
-    def convert_float(data, source, target, rounding):
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(data.copy()).bfloat16().view(torch.uint16).numpy()
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return data.astype("uint32") << 16
-        return convert_any(data, source, target, rounding)
-
-    interpreter._convert_float = convert_float
-
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-
-
-def make(n, d, v, dtype=torch.float32, *, ignored=0.0, scale=2.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=g).to(dtype)
-    weight = (torch.randn(v, d, generator=g) * scale / d**0.5).to(dtype)
-    labels = torch.randint(0, v, (n,), generator=g)
-    labels[torch.rand(n, generator=g) < ignored] = -100
-    return hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE)
-
-
-def run(hidden, weight, labels, *, bias=None, temperature=1.0, workspace=1 << 20, coefficient=None,
-        needs=(False, False, False), entropy=False, rank=False, ignore_index=-100, **loss):  # fmt: skip
-    per_token = temperature if isinstance(temperature, torch.Tensor) else None
-    row = Row(loss.get("softcap"), 1.0 if per_token is not None else temperature, loss.get("label_smoothing", 0.0),
-              loss.get("z_loss", 0.0))  # fmt: skip
-    return triton_ce.run(hidden, weight, labels, bias, per_token, row, ignore_index, workspace,
-                         coefficient=coefficient, needs=needs, entropy=entropy, rank=rank)  # fmt: skip
 
 
 def check_scores(hidden, weight, labels, tolerance=1e-5, **options):
@@ -68,10 +34,6 @@ def check_scores(hidden, weight, labels, tolerance=1e-5, **options):
     ignored = labels == -100
     assert (((got.rank >= low) & (got.rank <= high)) | ignored).all() and (got.rank[ignored] == -1).all()
     return got
-
-
-def error(a, b):
-    return (a.double() - b).norm().item() / max(b.norm().item(), 1e-30)
 
 
 def check_gradients(hidden, weight, labels, k, *, bias=None, coefficient=None, workspace=1 << 20, **options):
@@ -158,10 +120,10 @@ def test_logits_far_from_zero(level):
     check_scores(*make(20, 16, 300), 6e-5, bias=torch.full((300,), level, device=DEVICE))
 
 
-@pytest.mark.parametrize("gap", [60.0, 85.0, 1000.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_far_above_the_pivot_are_computed_again(gap, dtype):
-    """Column 999 of 1100 is no sample (those are floor(1100 i / 256)) and no label; only some rows reach it."""
+@pytest.mark.parametrize("dtype, gap", [(torch.float32, 60), (torch.float32, 1000), (torch.bfloat16, 85)])
+def test_rows_far_above_the_pivot_are_computed_again(dtype, gap):
+    """Column 999 of 1100 is no sample (those are floor(1100 i / 256)) and no label; only some rows reach it. 60 nats
+    are over the limit, 85 over what fp32 can sum, 1000 over what it can hold."""
     hidden, weight, labels = make(70, 64, 1100, dtype, scale=0.5)
     labels[labels == 999] = 5
     hidden[:, 0] = 0
@@ -240,14 +202,18 @@ def test_a_rows_bits_depend_on_its_own_inputs(dtype):
         assert torch.equal(a[order], b) and torch.equal(a[5:18], c), name
 
 
-def test_chunks_repeat_and_leave_the_scores_bits():
-    inputs = make(150, 16, 300, torch.bfloat16, ignored=0.2)
-    kw = {"coefficient": torch.ones(150, device=DEVICE), "needs": (True, True, False)}
-    one, again, many = run(*inputs, **kw), run(*inputs, **kw), run(*inputs, workspace=1, **kw)
+def test_chunks_repeat_and_leave_the_scores_bits(monkeypatch):
+    """Of 128 rows outside tests; 24 make three chunks of few rows, one of them part ignored."""
+    inputs = make(70, 16, 300, torch.bfloat16, ignored=0.2)
+    kw = {"coefficient": torch.ones(70, device=DEVICE), "needs": (True, True, False)}
+    one, again = run(*inputs, **kw), run(*inputs, **kw)
+    assert triton_ce.chunk_rows(1000, 16, 320, 2, 1) == 128
+    monkeypatch.setattr(triton_ce, "chunk_rows", lambda *_: 24)
+    many = run(*inputs, **kw)
     for name in ("nll", "grad_hidden", "grad_weight"):
         assert torch.equal(getattr(one, name), getattr(again, name))
-    assert torch.equal(one.nll, many.nll)
-    check_gradients(*inputs, k=0.6, workspace=1)
+    assert torch.equal(one.nll, many.nll) and torch.equal(one.grad_hidden, many.grad_hidden)
+    check_gradients(*inputs, k=0.6)
 
 
 def test_inputs_stay_as_they_are():
@@ -270,50 +236,57 @@ def test_segments():
     assert torch.equal(alone.sum[0], got.sum[2])
 
 
-def marked(tensor):
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
-
-
-class Guarded:
-    """Tensors between stretches of NaN (or a marker) that reads must not reach and writes must not change."""
-
-    def __init__(self):
-        self.kept = []
-
-    def __call__(self, tensor):
-        pad = 4096
-        memory = marked(tensor.new_empty(tensor.numel() + 2 * pad))
-        inner = memory[pad : pad + tensor.numel()].view(tensor.shape)
-        inner.copy_(tensor)
-        self.kept.append((memory, pad))
-        return inner
-
-    def check(self):
-        for memory, pad in self.kept:
-            edge = torch.cat([memory[:pad], memory[-pad:]])
-            assert (edge.isnan() if edge.is_floating_point() else edge == 77).all(), "a write beyond the end"
-
-
-@pytest.mark.parametrize("vocab, width", [(127, 19), (1100, 64), (300, 24)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_outside_the_tensors_is_read_into_results_or_written(vocab, width, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, vocab, width, loss",
+    [
+        (torch.float32, 127, 19, {}),
+        (torch.bfloat16, 127, 19, {"label_smoothing": 0.1}),
+        (torch.float32, 1100, 64, {}),
+        (torch.bfloat16, 1100, 64, {"softcap": 20.0}),
+        (torch.bfloat16, 300, 24, {"z_loss": 0.1}),
+    ],
+)
+def test_nothing_outside_the_tensors_is_read_into_results_or_written(dtype, vocab, width, loss, monkeypatch):
     """Inputs and every buffer that `run` makes lie between guards, and buffers start as NaN: a value read from a
-    guard, or before it was written, would make a result NaN."""
+    guard, or before it was written, would make a result wrong. The last column, no sample of the pivot's, is so high
+    that every row is computed twice, unless a softcap bounds it."""
     guard = Guarded()
     hidden, weight, labels = make(100, width, vocab, dtype, ignored=0.75)
-    bias = guard(torch.linspace(-1, 1, vocab, device=DEVICE))
+    bias = torch.linspace(-1, 1, vocab, device=DEVICE)
+    bias[-1] = 60
+    ones = torch.ones(100, device=DEVICE)
     real_empty, real_zeros = torch.empty, torch.zeros
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *a, **k: guard(real_zeros(*a, **k)))
         patch.setattr(torch, "empty", lambda *a, **k: guard(marked(real_empty(*a, **k))))
-        r = run(guard(hidden), guard(weight), labels, bias=bias, entropy=True, rank=True,
-                coefficient=torch.ones(100, device=DEVICE), needs=(True, True, True))  # fmt: skip
+        r = run(guard(hidden), guard(weight), labels, bias=guard(bias), entropy=True, rank=True, coefficient=ones,
+                needs=(True, True, True), **loss)  # fmt: skip
     assert torch.empty is real_empty
     guard.check()
-    plain = run(hidden, weight, labels, bias=bias, entropy=True, rank=True,
-                coefficient=torch.ones(100, device=DEVICE), needs=(True, True, True))  # fmt: skip
-    for name in ("nll", "lse", "entropy", "rank", "grad_hidden", "grad_weight", "grad_bias"):
-        assert torch.equal(getattr(r, name), getattr(plain, name)), name
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    want = reference.token_logprobs(
+        *leaves[:2], labels, bias=leaves[2], entropy=True, rank=True, softcap=loss.get("softcap")
+    )
+    reference.linear_cross_entropy(*leaves[:2], labels, bias=leaves[2], reduction="sum", **loss).backward()
+    assert (r.nll + want.logprob).abs().max() < 1e-4 and (r.entropy - want.entropy).abs().max() < 1e-4
+    assert (r.lse - want.lse).abs().max() < 1e-4 and (r.rank - want.rank).abs().max() <= 1
+    for a, leaf in zip((r.grad_hidden, r.grad_weight, r.grad_bias), leaves, strict=True):
+        assert error(a, leaf.grad) < 1e-2
+
+
+@triton.jit
+def reads_or_writes_one_too_far(x, out, N: tl.constexpr, READ: tl.constexpr):
+    at = tl.arange(0, 16)
+    values = tl.load(x + at, mask=at < (N + 1 if READ else N), other=0.0)
+    tl.store(out + at, values, mask=at < (N if READ else N + 1))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's accesses are checked, a GPU's are not")
+@pytest.mark.parametrize("read", [True, False])
+def test_an_access_outside_the_tensors_is_found(read):
+    room = torch.zeros(4, 16)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="load" if read else "store"):
+        reads_or_writes_one_too_far[(1,)](room[0, :9], room[2, :9], N=9, READ=read)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
