@@ -111,10 +111,11 @@ def match_parts(source: bytes, output: bytes) -> list[Part]:
             else:
                 index += 1
             continue
-        shown = source[begin : begin + 40].decode("utf-8", "replace")
+        shown = source[begin : min(end, begin + 40)].decode("utf-8", "replace")
         raise InputError(f"the teacher's part {shown!r} is not what stands in the response there")
     if index < len(theirs):
-        shown = output[theirs[index][0] : theirs[index][0] + 40].decode("utf-8", "replace")
+        begin, end = theirs[index]
+        shown = output[begin : min(end, begin + 40)].decode("utf-8", "replace")
         raise InputError(f"the teacher's tokens do not spell {shown!r} of the response")
     return found
 

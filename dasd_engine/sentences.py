@@ -44,6 +44,7 @@ _BREAKS = re.compile(rb"(?:[ \t]*+[\r\n])*+")
 # the blanks must be able to begin a sentence: no operator, and behind . ! … no word of several letters in lower case
 # ("sin(x)" and "ab = c" are no words). All begin in one set of bytes, for speed.
 _CLOSERS = rb"(?:[\"')\]}*_]|\xe2\x80[\x99\x9d]|\xc2\xbb|\xe3\x80[\x8b\x8d\x8f\x91]|\xef\xbc\x89)*+"
+_CLOSERS += rb"(?: ?\xe2(?:\x9c[\x85\x93\x94\x97]|\x9d\x8c|\x88\x8e|\x96[\xa0\xa1]))?+"  # ✅ ✓ ✔ ✗ ❌ ∎ ■ □
 _RUN = rb"(?<![.!?].)(?<!\xe2\x80\xa6.)(?:\x80\xa6)?(?:[.!?]|\xe2\x80\xa6)*+"  # tried at its first character only
 _NEXT = rb"[^\s=+/<>,;:)\]}&|^%.!*"
 _WORD = rb"[a-z](?:(?![a-z])|[a-z]*+[\w(=^\\])|(?P<foreign>[\x80-\xff])"
@@ -64,7 +65,7 @@ _ABBREVIATIONS = frozenset(
     b"mr mrs ms dr prof st mt vs cf viz al ca approx resp rev gen sen gov lt col sgt capt hon messrs".split()
 )
 _BEFORE_NUMBERS = frozenset(
-    b"no nos fig figs eq eqs eqn eqns sec secs ch chap thm lem prop cor def ex p pp vol art ref refs tab"
+    b"no nos fig figs eq eqs eqn eqns sec secs ch chap thm lem prop cor def ex p pp vol art ref refs tab mod"
     b" jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
 _NUMBER = re.compile(rb"[(\[]?[0-9]")
@@ -73,7 +74,7 @@ _LABEL = re.compile(
     rb"[#>*_\-+\s]*+[(\[]?(?:[0-9]{1,3}|[A-Za-z]|[ivxIVX]{1,5}|(?:Step|Case|Part|Claim|Lemma|Theorem|Proposition"
     rb"|Definition|Example|Exercise|Problem|Question|Option|Approach|Method)[ \t]+[0-9A-Za-z]{1,3})[)\]]*+"
 )
-_INITIAL = re.compile(rb"(?:^|[\s(])(?:[A-Z][a-z]+|[A-Z]\.)[ \t]+[A-Z]\Z")
+_INITIAL = re.compile(rb"(?:^|[\s(])[A-Z][a-z]*\.?[ \t]+[A-Z]\Z")
 _NAME = re.compile(rb"(?!(?:The|Then|This|That|So|Since|But|We|It|Thus|Hence|Therefore|Now|If|Let|In|For)\b)[A-Z][a-z]")
 _WORD_BYTES = 12  # enough for any abbreviation and the bracket in front of it
 _LABEL_BYTES = 32  # enough for any label, and for a name in front of an initial
@@ -180,7 +181,7 @@ def _cuts(part: bytes) -> list[int]:
     """Where one sentence of `part` ends and the next begins, rising."""
     cuts: list[int] = []
     size, last = len(part), 0
-    first = size - len(part.lstrip())  # no piece is white space alone
+    first, stop = size - len(part.lstrip()), len(part.rstrip())  # no piece is white space alone
     regions = iter(_whole(part))
     inner, outer = next(regions, (size, size))  # the first region that does not end in front of here
     for match in _END.finditer(part):
@@ -195,7 +196,7 @@ def _cuts(part: bytes) -> list[int]:
             if inner < end < outer:
                 continue
         if kind is None:
-            if end == size or end <= first:
+            if end <= first or end >= stop:
                 continue
         elif kind == "wide":
             at = _blanks_end(part, end)
@@ -214,7 +215,7 @@ def _cuts(part: bytes) -> list[int]:
 
 def _is_inner_run(run: bytes, part: bytes, begin: int, end: int) -> bool:
     """Whether terminators other than one period stand inside a sentence: a factorial, or part of a series."""
-    before = part[begin - 1 : begin]
+    before = part[begin - 1 : begin] or b"\n"
     if run == b"!":  # behind a number, a bracket or a variable it is a factorial, unless a word in upper case follows
         variable = before.isalpha() and not part[begin - 2 : begin - 1].isalpha()
         at = _blanks_end(part, end)
