@@ -19,34 +19,34 @@ from typing import Any, Literal
 from dasd_engine.errors import InputError
 
 
-def _key(default: Any, doc: str) -> Any:
+def option(default: Any, doc: str) -> Any:
     """A recipe key with its line of help."""
     return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    path: str = _key(
+    path: str = option(
         "", "Hugging Face directory of the student: config.json, tokenizer, and weights unless init is random"
     )
-    init: Literal["pretrained", "random"] = _key("pretrained", "where the first weights come from")
+    init: Literal["pretrained", "random"] = option("pretrained", "where the first weights come from")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Defaults are the configuration published with the method (arXiv 2601.09088), for a 4B student."""
 
-    context: int = _key(65536, "tokens of a pack; a longer document is refused")
-    packs_per_step: int = _key(64, "packs of one optimizer step, over all ranks")
-    epochs: int = _key(6, "passes over the stage's documents")
-    lr: float = _key(5e-5, "peak learning rate")
-    min_lr: float = _key(1e-5, "learning rate at the last step")
-    warmup: float = _key(0.1, "share of the steps with a rising learning rate")
-    betas: tuple[float, float] = _key((0.9, 0.95), "AdamW's decay of the two moments")
-    eps: float = _key(1e-8, "AdamW's epsilon")
-    weight_decay: float = _key(0.1, "AdamW's decay of matrices; norms and biases have none")
-    clip: float = _key(1.0, "largest norm of the gradient")
-    isolate: bool = _key(
+    context: int = option(65536, "tokens of a pack; a longer document is refused")
+    packs_per_step: int = option(64, "packs of one optimizer step, over all ranks")
+    epochs: int = option(6, "passes over the stage's documents")
+    lr: float = option(5e-5, "peak learning rate")
+    min_lr: float = option(1e-5, "learning rate at the last step")
+    warmup: float = option(0.1, "share of the steps with a rising learning rate")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay of the two moments")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.1, "AdamW's decay of matrices; norms and biases have none")
+    clip: float = option(1.0, "largest norm of the gradient")
+    isolate: bool = option(
         True, "documents of a pack do not see each other (false replicates trainers without isolation)"
     )
 
@@ -55,37 +55,37 @@ class TrainOptions:
 class RunOptions:
     """How the run uses the machine. Nothing here changes what is learned beyond rounding."""
 
-    compute: Literal["auto", "bf16", "fp32"] = _key(
+    compute: Literal["auto", "bf16", "fp32"] = option(
         "auto", "dtype of the forward and backward pass; auto: bf16 where the device multiplies it natively"
     )
-    attention: Literal["auto", "varlen", "flash", "sdpa"] = _key(
+    attention: Literal["auto", "varlen", "flash", "sdpa"] = option(
         "auto",
         "auto: torch's varlen_attn on CUDA (FA3 or FA4 when installed), else sdpa; flash: the flash-attn package",
     )
-    threads: int = _key(0, "CPU threads of a rank, 0 for torch's choice; 1 is best where the machine has other work")
-    gather: Literal["step", "layer"] = _key(
+    threads: int = option(0, "CPU threads of a rank, 0 for torch's choice; 1 is best where the machine has other work")
+    gather: Literal["step", "layer"] = option(
         "step", "parameters gathered once a step (fastest) or a layer at a time (least memory)"
     )
-    replicas: int = _key(1, "HSDP: copies of the sharded model; ranks divide evenly among them")
-    activation_checkpointing: Literal["none", "selective", "full"] = _key(
+    replicas: int = option(1, "HSDP: copies of the sharded model; ranks divide evenly among them")
+    activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
     )
-    compile: bool = _key(False, "torch.compile each block")
+    compile: bool = option(False, "torch.compile each block")
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    every: int = _key(100, "steps between checkpoints; one is also written at the end of a stage")
-    keep: int = _key(2, "complete checkpoints kept")
+    every: int = option(100, "steps between checkpoints; one is also written at the end of a stage")
+    keep: int = option(2, "complete checkpoints kept")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    problems: str = _key("", "JSONL of held-out problems with answers in `meta`; empty: no evaluation")
-    limit: int = _key(0, "problems used, 0 for all")
-    samples: int = _key(1, "responses a problem")
-    temperature: float = _key(0.0, "sampling temperature, 0 for greedy")
-    max_new_tokens: int = _key(1024, "longest response")
+    problems: str = option("", "JSONL of held-out problems with answers in `meta`; empty: no evaluation")
+    limit: int = option(0, "problems used, 0 for all")
+    samples: int = option(1, "responses a problem")
+    temperature: float = option(0.0, "sampling temperature, 0 for greedy")
+    max_new_tokens: int = option(1024, "longest response")
 
 
 @dataclass(frozen=True)
@@ -132,27 +132,20 @@ def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recip
         InputError: naming the file, the key and the nearest known key, or the type expected.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; the packaged one runs with no argument at all") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(table, override)
-    _known(table, _TOP, str(path), "")
+    table = read_table(path, overrides, "no such recipe; the packaged one runs with no argument at all")
+    check_keys(table, _TOP, str(path), "")
     train = table.get("train", {})
-    _build(TrainOptions, train, str(path), "train")  # its errors name [train], not the stages that inherit from it
+    build(TrainOptions, train, str(path), "train")  # its errors name [train], not the stages that inherit from it
     stages = table.get("stage", [])
     if not isinstance(stages, list) or not stages:
         raise InputError(f"{path}: no [[stage]]; a recipe needs at least one, with `name` and `data`")
     sections: dict[str, Any] = {
-        name: _build(cls, table.get(name, {}), str(path), name) for name, cls in _SECTIONS.items() if name != "train"
+        name: build(cls, table.get(name, {}), str(path), name) for name, cls in _SECTIONS.items() if name != "train"
     }
     recipe = Recipe(
         path=path.resolve(),
-        seed=_typed(table.get("seed", 0), int, f"{path}: seed"),
-        out=Path(_typed(table.get("out", f"runs/{path.stem}"), str, f"{path}: out")).expanduser(),
+        seed=typed(table.get("seed", 0), int, f"{path}: seed"),
+        out=Path(typed(table.get("out", f"runs/{path.stem}"), str, f"{path}: out")).expanduser(),
         stages=tuple(_stage(train, stage, str(path), i) for i, stage in enumerate(stages)),
         **sections,
     )
@@ -160,17 +153,30 @@ def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recip
     return recipe
 
 
+def read_table(path: Path, overrides: typing.Sequence[str], missing: str = "no such recipe") -> dict[str, Any]:
+    """A TOML file with the overrides applied, unchecked. InputError naming the file, or the override."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: {missing}") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        apply_override(table, override)
+    return table
+
+
 def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
     where = f"stage.{index}"
     own = {key: value for key, value in stage.items() if key not in ("name", "data")}
     options = [f.name for f in dataclasses.fields(TrainOptions)]
-    _known(own, [*options, "name", "data"], path, where)
+    check_keys(own, [*options, "name", "data"], path, where)
     if "data" not in stage:
         raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
     return Stage(
-        name=_typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
-        data=_typed(stage["data"], str, f"{path}: {where}.data"),
-        train=_build(TrainOptions, {**train, **own}, path, where),
+        name=typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
+        data=typed(stage["data"], str, f"{path}: {where}.data"),
+        train=build(TrainOptions, {**train, **own}, path, where),
     )
 
 
@@ -198,7 +204,7 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"{recipe.path}: checkpoint.every and checkpoint.keep must be at least 1")
 
 
-def _apply(table: dict, override: str) -> None:
+def apply_override(table: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {override!r}: write key.subkey=value, for example train.lr=1e-4")
@@ -225,7 +231,7 @@ def _step(node: Any, part: str, override: str) -> Any:
     return node.setdefault(part, {})
 
 
-def _known(table: Any, names: typing.Sequence[str], path: str, where: str) -> None:
+def check_keys(table: Any, names: typing.Sequence[str], path: str, where: str) -> None:
     if not isinstance(table, dict):
         raise InputError(f"{path}: {where} must be a table of keys, not {type(table).__name__}")
     for key in table:
@@ -235,23 +241,28 @@ def _known(table: Any, names: typing.Sequence[str], path: str, where: str) -> No
             raise InputError(f"{path}: unknown key {f'{where}.{key}'.lstrip('.')!r}{hint}")
 
 
-def _build(cls: type, table: Any, path: str, where: str) -> Any:
+def build(cls: type, table: Any, path: str, where: str) -> Any:
+    """A dataclass of options from a table of the recipe, its keys and types checked."""
     hints = typing.get_type_hints(cls)
-    _known(table, list(hints), path, where)
-    return cls(**{key: _typed(value, hints[key], f"{path}: {where}.{key}") for key, value in table.items()})
+    check_keys(table, list(hints), path, where)
+    return cls(**{key: typed(value, hints[key], f"{path}: {where}.{key}") for key, value in table.items()})
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
+def typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as `hint`, or an error. An int is a float too; a bool is nothing but a bool."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:
             raise InputError(f"{where} = {value!r}: must be one of {', '.join(map(repr, args))}")
         return value
+    if origin is tuple and args[-1] is ...:
+        if not isinstance(value, list):
+            raise InputError(f"{where} = {value!r}: must be a list")
+        return tuple(typed(item, args[0], where) for item in value)
     if origin is tuple:
         if not isinstance(value, list) or len(value) != len(args):
             raise InputError(f"{where} = {value!r}: must be a list of {len(args)} values")
-        return tuple(_typed(item, kind, where) for item, kind in zip(value, args, strict=True))
+        return tuple(typed(item, kind, where) for item, kind in zip(value, args, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -278,16 +289,22 @@ def describe() -> str:
     ]
     for section, cls in _SECTIONS.items():
         lines.append(f"[{section}]" + ("  (each key may be set in a [[stage]] too)" if section == "train" else ""))
-        for f in dataclasses.fields(cls):
-            hint = typing.get_type_hints(cls)[f.name]
-            choices = f" ({' | '.join(typing.get_args(hint))})" if typing.get_origin(hint) is Literal else ""
-            default = json.dumps(f.default)
-            lines.append(f"  {f.name + ' = ' + default:<34} {f.metadata['doc']}{choices}")
+        lines += describe_keys(cls)
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
         "  name, data                         data: JSONL, Parquet, a hub data set, or shards of dasd_engine.prepare",
     ]
     return "\n".join(lines)
+
+
+def describe_keys(cls: type) -> list[str]:
+    """The lines of a section's keys in --help."""
+    lines = []
+    for f in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[f.name]
+        choices = f" ({' | '.join(typing.get_args(hint))})" if typing.get_origin(hint) is Literal else ""
+        lines.append(f"  {f.name + ' = ' + json.dumps(f.default):<34} {f.metadata['doc']}{choices}")
+    return lines
 
 
 def packaged(name: str) -> Path:
@@ -297,6 +314,3 @@ def packaged(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise InputError(f"recipe {name} is not beside the package ({here}); install the engine again")
-
-
-__all__ = ["Recipe", "Stage", "TrainOptions", "describe", "load_recipe", "packaged"]
