@@ -36,6 +36,7 @@ from dasd_engine.errors import InputError, run_cli
 from dasd_engine.generate import Generation, generate
 from dasd_engine.hf import load_model
 from dasd_engine.model import Decoder
+from dasd_engine.questions import spread
 
 _RESAMPLES = 2000  # of the bootstrap
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -147,15 +148,6 @@ def _object(text: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where}: must be a JSON object, not {type(value).__name__}")
     return value
-
-
-def spread(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
-    """`limit` of them at even distances, so that a file sorted by task still gives every task."""
-    if limit is None or limit >= len(problems):
-        return list(problems)
-    if limit < 1:
-        raise InputError(f"limit = {limit}: must be at least 1")
-    return [problems[i * len(problems) // limit] for i in range(limit)]
 
 
 def respond(

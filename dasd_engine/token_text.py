@@ -30,8 +30,17 @@ class TokenText:
         self._is_byte_level = _is_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
         self._bytes: dict[int, bytes] = {}  # of the tokens seen
 
-    def text_and_ends(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """The decoded text, special tokens kept, and for every token the byte of its UTF-8 where it ends."""
+    def text_and_ends(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> tuple[str, list[int]]:
+        """The decoded text, special tokens kept, and for every token the byte of its UTF-8 where it ends.
+
+        `after`: ids that stand in front of these, where the text goes on from theirs: then it keeps a space that
+        decoders take away from the beginning of a text.
+        """
+        if after:
+            front = list(after[-_LOOK_BACK:])
+            text, ends = self.text_and_ends([*front, *ids])
+            begin = ends[len(front) - 1]
+            return text.encode()[begin:].decode(errors="replace"), [end - begin for end in ends[len(front) :]]
         if self._is_byte_level:
             return text_and_ends(self._bytes_of(token) for token in ids)
         tokens = [self._tokenizer.id_to_token(token) for token in ids]
@@ -75,7 +84,7 @@ class TokenText:
 
     def _units(self, ids: Sequence[int]) -> list[int]:
         """Where units end."""
-        is_byte = [bool(_BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token))) for token in ids]
+        is_byte = [bool(_BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "")) for token in ids]
         return [i + 1 for i in range(len(ids)) if i + 1 == len(ids) or not (is_byte[i] and is_byte[i + 1])]
 
 

@@ -77,7 +77,7 @@ def check(tokenizer: tokenizers.Tokenizer, token_text: TokenText, ids: list[int]
     assert len(ends) == len(ids) and ends == sorted(ends) and (not ids or ends[-1] == len(raw))
     for i, end in enumerate(ends):
         begun = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
-        if not begun.endswith("\ufffd") and raw.startswith(begun.encode()):
+        if begun and not begun.endswith("\ufffd") and raw.startswith(begun.encode()):
             assert end == len(begun.encode())
 
 
