@@ -95,7 +95,7 @@ def test_a_sentence_holds_the_tokens_that_it_has_alone():
     """With the cuts of sentences.py and a tokeniser in use, hardly a token straddles."""
     tokenizer = tokenizers.Tokenizer.from_file(str(QWEN3_TOKENIZER / "tokenizer.json"))
     text = (
-        "<think>\nWe add 2 and 2. That makes 4, e.g. by counting: 3, 4.\n\nLet me check: $4 - 2 = 2$. Right! 設x是整數。"
+        "<think>\nWe add 2 and 2. That makes 4, e.g. by counting: 3, 4.\n\nLet me check: $4 - 2 = 2$. 設x是整數。"
         "\n</think>\n\nThe answer is \\boxed{4}.  It was easy 🙂. \nBye."
     )
     data, ids = text.encode(), tokenizer.encode(text, add_special_tokens=False).ids

@@ -168,10 +168,10 @@ resource.setrlimit(resource.RLIMIT_CPU, (40, 40))
 from dasd_engine.sentences import merge_short, split
 size = 150_000
 for unit in sys.stdin.read().split("\\0"):
-    for text in (unit * (size // len(unit)), "x" + unit * (size // len(unit)) + "y"):
-        spans = split(text)
-        assert spans[0][0] == 0 and spans[-1][1] == len(text.encode())
-        merge_short(spans, [1] * len(spans), [1] * len(spans))
+    text = "x" + unit * (size // len(unit.encode())) + "y"
+    spans = split(text)
+    assert spans[0][0] == 0 and spans[-1][1] == len(text.encode())
+    merge_short(spans, [1] * len(spans), [1] * len(spans))
 print("done")
 """
 ADVERSARIAL = [
