@@ -68,7 +68,7 @@ class Checkpointer:
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         self.world.barrier()
         future = dcp.async_save(
-            _tensors(model, optimizer), checkpoint_id=temporary, process_group=self.world.host_group
+            _tensors(model, optimizer), checkpoint_id=temporary, process_group=self.world.writer_group
         )
         assert isinstance(future, Future)
         self._pending = (future, temporary, final)

@@ -27,7 +27,8 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
-    host_group: dist.ProcessGroup  # gloo: checkpoints, barriers and small host-side sums, beside the training traffic
+    host_group: dist.ProcessGroup  # gloo: barriers and small host-side sums, beside the training traffic
+    writer_group: dist.ProcessGroup  # gloo: of the checkpoint writers' threads alone, which run while steps go on
 
     @property
     def is_main(self) -> bool:
@@ -68,8 +69,8 @@ def start(options: RunOptions) -> Iterator[World]:
             shape, names = (options.replicas, size // options.replicas), ("replicate", "shard")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         # Other ranks wait here while the first one evaluates or writes, so the default half hour is too short.
-        host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
-        yield World(rank, size, device, mesh, host_group)
+        host_group, writer_group = (dist.new_group(backend="gloo", timeout=timedelta(hours=6)) for _ in range(2))
+        yield World(rank, size, device, mesh, host_group, writer_group)
     finally:
         dist.destroy_process_group()
 

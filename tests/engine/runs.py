@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
 
 def run(recipe: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(recipe, *arguments, ranks=ranks), capture_output=True, text=True, env=environment(), timeout=300
+        command(recipe, *arguments, ranks=ranks), capture_output=True, text=True, env=environment(), timeout=120
     )
 
 

@@ -59,6 +59,14 @@ def test_ranks_do_not_change_a_run(recipe, tmp_path):
         assert_close(reference, losses(tmp_path / str(ranks)), 1e-5)
 
 
+def test_the_writers_of_checkpoints_do_not_meet_the_training_traffic(recipe, tmp_path):
+    """Ranks write in the background what they compute in step: on one process group a rank's write could meet another
+    one's step, and both would wait for ever. With a checkpoint a step that took a few steps to happen."""
+    done = run(recipe, "run.compute=fp32", "checkpoint.every=1", "train.epochs=12", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run")) == int(rows(tmp_path / "run")[-1]["step"])
+
+
 def test_two_ranks_in_bf16(recipe, tmp_path):
     run_here(recipe, "run.compute=bf16", f"out={tmp_path}/one")
     done = run(recipe, "run.compute=bf16", f"out={tmp_path}/two", ranks=2)
