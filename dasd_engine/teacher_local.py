@@ -20,6 +20,8 @@ class LocalTeacher:
     def __init__(self, options: TeacherOptions):
         if options.batch_size < 1:
             raise InputError(f"batch_size = {options.batch_size}: must be at least 1")
+        if options.threads:
+            torch.set_num_threads(options.threads)
         self.name, self.revision = name_and_revision(options)
         self._chat = TeacherChat(options.path)
         self._batch_size = options.batch_size

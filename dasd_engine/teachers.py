@@ -16,13 +16,14 @@ A teacher is given the conversation as it is: whoever asks puts the system promp
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dasd_engine.chat import Chat, Message, response_text
+from dasd_engine.config import option
 from dasd_engine.errors import InputError
 from dasd_engine.shards import hash_file
 from dasd_engine.token_text import TokenText
@@ -86,41 +87,37 @@ class Teacher(Protocol):
     def close(self) -> None: ...
 
 
-def _option(default: Any, doc: str) -> Any:
-    """An option with its line of help."""
-    return field(default=default, metadata={"doc": doc})
-
-
 @dataclass(frozen=True)
 class TeacherOptions:
-    kind: Literal["local", "vllm", "server"] = _option("local", "what answers")
-    path: str = _option(
+    kind: Literal["local", "vllm", "server"] = option("local", "what answers")
+    path: str = option(
         "",
         "model directory; for a server optional: a directory with the tokenizer and chat template of its model, which "
         "gives exact token ids and prefills",
     )
-    name: str = _option("", "what rows call the teacher (default: the directory's name, or the served model)")
-    revision: str = _option("", "revision that rows name (default: a hash of the model's files; a server has none)")
+    name: str = option("", "what rows call the teacher (default: the directory's name, or the served model)")
+    revision: str = option("", "revision that rows name (default: a hash of the model's files; a server has none)")
     # local and vllm
-    dtype: Literal["auto", "bf16", "fp32"] = _option("auto", "of the weights; auto: bf16 on a GPU, fp32 on the CPU")
-    device: str = _option("", "of a local teacher, cpu or cuda (default: cuda where there is one)")
-    batch_size: int = _option(64, "responses written together")
+    dtype: Literal["auto", "bf16", "fp32"] = option("auto", "of the weights; auto: bf16 on a GPU, fp32 on the CPU")
+    device: str = option("", "of a local teacher, cpu or cuda (default: cuda where there is one)")
+    batch_size: int = option(64, "responses written together")
+    threads: int = option(0, "CPU threads of a local teacher, 0 for torch's choice")
     # vllm
-    tensor_parallel: int = _option(1, "GPUs that share the model")
-    gpu_memory: float = _option(0.9, "share of a GPU's memory that vLLM may take")
-    max_model_len: int = _option(0, "longest prompt and response in tokens, 0 for the model's own limit")
+    tensor_parallel: int = option(1, "GPUs that share the model")
+    gpu_memory: float = option(0.9, "share of a GPU's memory that vLLM may take")
+    max_model_len: int = option(0, "longest prompt and response in tokens, 0 for the model's own limit")
     # server
-    urls: tuple[str, ...] = _option((), "base URLs of the endpoints, all serving one model, e.g. http://host:8000/v1")
-    model: str = _option("", "model to ask for (default: the first that the endpoint lists)")
-    api_key_env: str = _option("", "environment variable that holds the API key; the key itself is written nowhere")
-    concurrency: int = _option(64, "requests at a time to one endpoint")
-    timeout: float = _option(1800.0, "seconds for one response")
-    retries: int = _option(6, "further attempts of a request that timed out, lost its connection, or met a busy server")
-    backoff: float = _option(0.5, "seconds before the first retry; doubled each time, with jitter")
-    longest_backoff: float = _option(60.0, "seconds that the doubling and a server's Retry-After are held to")
-    dead_after: int = _option(3, "failures in a row after which an endpoint is set aside")
-    probe_every: float = _option(5.0, "seconds between probes of an endpoint that is set aside")
-    give_up: float = _option(600.0, "seconds without any living endpoint after which sampling stops, to be resumed")
+    urls: tuple[str, ...] = option((), "base URLs of the endpoints, all serving one model, e.g. http://host:8000/v1")
+    model: str = option("", "model to ask for (default: the first that the endpoint lists)")
+    api_key_env: str = option("", "environment variable that holds the API key; the key itself is written nowhere")
+    concurrency: int = option(64, "requests at a time to one endpoint")
+    timeout: float = option(1800.0, "seconds for one response")
+    retries: int = option(6, "further attempts of a request that timed out, lost its connection, or met a busy server")
+    backoff: float = option(0.5, "seconds before the first retry; doubled each time, with jitter")
+    longest_backoff: float = option(60.0, "seconds that the doubling and a server's Retry-After are held to")
+    dead_after: int = option(3, "failures in a row after which an endpoint is set aside")
+    probe_every: float = option(5.0, "seconds between probes of an endpoint that is set aside")
+    give_up: float = option(600.0, "seconds without any living endpoint after which sampling stops, to be resumed")
 
 
 def open_teacher(options: TeacherOptions) -> Teacher:
