@@ -264,6 +264,15 @@ def test_the_answer_may_say_again_what_was_thought():
     assert reason(f"<think>\n{code}\n{code}\n{code}\n</think>\n{code}", repetition=None) is None
 
 
+@pytest.mark.parametrize("period", [4, 7, 16, 40])
+def test_a_loop_is_of_so_many_times(period):
+    passage = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(period)]
+    around = prose(300), prose(300, 1)
+    for times, found in ((LIMITS.loop - 1, False), (LIMITS.loop, True)):
+        text = " ".join([around[0], *passage * times, around[1]])
+        assert ("in a row" in repetition(text, Repetition(characters=1, ngrams=1.0))) == found
+
+
 def test_limits_are_limits():
     text = prose(300) + " " + "no and " * 100
     assert "in a row" in repetition(text, LIMITS)
