@@ -9,12 +9,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dasd_engine.config import RunOptions
 from dasd_engine.errors import InputError
@@ -111,6 +112,14 @@ def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
     model.set_is_last_backward(is_last)
     if options.gather == "step":
         model.set_reshard_after_backward(is_last)
+
+
+def squared_norm(model: Decoder) -> float:
+    """Sum of the squares of this rank's shards of the gradients. In float64, so that how parameters are cut leaves no
+    trace in the norm, and two ranks clip by the same factor as one: at a high learning rate a last bit grows."""
+    shards = [cast(DTensor, p.grad).to_local() for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
+    return torch.stack(norms).square().sum().item() if norms else 0.0
 
 
 def _checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:

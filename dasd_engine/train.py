@@ -9,6 +9,7 @@ Run the same command again to go on from the newest checkpoint, at any number of
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -151,14 +152,13 @@ class Run:
         p, o, start = self.progress, plan.stage.train, time.perf_counter()
         trained = plan.trained_tokens(p.epoch, p.step)
         loss, waited = self.accumulate(plan, trained)
-        norm = torch.nn.utils.get_total_norm([q.grad for q in self.model.parameters() if q.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total, stops = self.world.sum([loss.item(), float(self.stop.requested)])
+        squares = distributed.squared_norm(self.model) / self.recipe.run.replicas
+        total, squares, stops = self.world.sum([loss.item(), squares, float(self.stop.requested)])
         self.stopping = stops > 0
-        grad_norm, rate = norm.item(), learning_rate(p.stage_step, plan.steps, o)
+        grad_norm, rate = math.sqrt(squares), learning_rate(p.stage_step, plan.steps, o)
 
-        finite = torch.isfinite(torch.tensor([total, grad_norm])).all().item()
-        if finite:
+        if math.isfinite(total) and math.isfinite(grad_norm):
+            norm = torch.tensor(grad_norm, dtype=torch.float32, device=self.world.device)
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), o.clip, norm)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
@@ -178,7 +178,7 @@ class Run:
     def accumulate(self, plan: StagePlan, trained: int) -> tuple[torch.Tensor, float]:
         """Forward and backward over this rank's packs of the step: its share of the loss, seconds waited for data."""
         p, gather = self.progress, self.recipe.run.gather
-        loss, waited = torch.zeros((), device=self.world.device), 0.0
+        loss, waited = torch.zeros((), dtype=torch.float64, device=self.world.device), 0.0
         packs = plan.micro_steps(p.epoch, p.step, self.world.rank, equal=gather == "layer")
         for i, pack in enumerate(packs):
             start = time.perf_counter()
