@@ -153,6 +153,7 @@ def test_delimiters_become_think(text, output):
         "<think>Its format is <|channel|>analysis<|message|>like this<|end|>.</think>Harmony.",
         "<think>a</think><answer>4</answer> or <answer>5</answer>",
         "An XML <answer> and a <reasoning> tag.",
+        "Close it with [/THINK], and again with [/THINK].",
     ],
 )
 def test_text_about_delimiters_stays(text):
@@ -170,6 +171,7 @@ def test_text_about_delimiters_stays(text):
         ('<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}', "tool_call"),
         (HARMONY.replace("final", "commentary"), "markers"),
         (HARMONY + "<|start|>assistant" + HARMONY, "markers"),
+        (HARMONY + "Human: and then?", "markers"),
         ("<|channel|>final<|message|>4.<|end|><|start|>assistant<|channel|>analysis<|message|>Two.<|end|>", "markers"),
         ("<|channel|>analysis<|message|>Two and two.<|end|>", "no_answer"),
         ("<|channel|>final<|message|>4.<|return|>", "no_thinking"),
