@@ -1,6 +1,6 @@
 """Runs a benchmark suite and prints its table: ours, its peers and the hardware's floor, with rate, memory and error.
 
-    python -m bench.table [kernels|packing|training|sampling|prepare] [--json]
+    python -m bench.table [kernels|packing|training|sampling|prepare|score] [--json]
 
 A suite is bench/test_<suite>.py, run by pytest-benchmark; without a name all suites run. Each test is one case and
 times ours with the `benchmark` fixture, best through `bench.compare.compare`, which interleaves the peers. What else
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-SUITES = ("kernels", "packing", "training", "sampling", "prepare")
+SUITES = ("kernels", "packing", "training", "sampling", "prepare", "score")
 
 
 def run_suite(suite: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ in the first one under the teacher and under the student alike, and one that beg
 no care: offsets are bytes of the whole text, never of tokens decoded alone.
 """
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import tokenizers
 
 from dasd_engine.errors import InputError
 from dasd_engine.sentences import Span, parts
-from dasd_engine.token_text import TokenText
+from dasd_engine.token_text import TokenText, is_byte_level, token_bytes
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,6 +38,12 @@ class Segments(NamedTuple):
     def counts(self) -> Ints:
         return np.diff(self.offsets)
 
+    def joined(self, sentences: Sequence[Span], merged: Sequence[Span]) -> "Segments":
+        """For sentences of which neighbours have been joined to `merged`."""
+        ends = [end for _, end in sentences]
+        last = np.searchsorted(ends, [end for _, end in merged]) + 1
+        return Segments(self.picked, self.offsets[np.concatenate([[0], last]).astype(np.int64)])
+
 
 def from_ends(ends: Sequence[int] | Ints, opened: int = 0) -> Tokens:
     """Tokens that follow each other from byte `opened` on. InputError where the ends fall."""
@@ -50,7 +57,7 @@ def from_ends(ends: Sequence[int] | Ints, opened: int = 0) -> Tokens:
 
 def assign(tokens: Tokens, sentences: Sequence[Span]) -> Segments:
     """The tokens of each sentence. `sentences` are disjoint and rising; gaps between them take their tokens away."""
-    spelling = np.flatnonzero(tokens.ends > tokens.begins)
+    spelling = np.flatnonzero(tokens.ends != tokens.begins)
     edges = np.asarray(sentences, dtype=np.int64).reshape(-1)
     places = np.searchsorted(tokens.begins[spelling], edges)
     lows, highs = places[::2], places[1::2]
@@ -61,26 +68,66 @@ def assign(tokens: Tokens, sentences: Sequence[Span]) -> Segments:
 
 
 class Spelling:
-    """Where the tokens that a tokeniser made of a text lie in it."""
+    """Where the tokens that a tokeniser made of a text lie in it. Fast for byte-level BPE: a table of tokens' bytes."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
         self._text = TokenText(tokenizer)
+        self._table = _Table(tokenizer) if is_byte_level(json.loads(tokenizer.to_str()).get("decoder")) else None
 
     def __call__(self, ids: Sequence[int] | npt.NDArray[np.uint32], text: str) -> Tokens:
         """For ids that the tokeniser gives for `text`, normalised or not. InputError when they spell something else."""
-        ids = [int(token) for token in ids]
-        spelt, ends = self._text.text_and_ends(ids)
+        numbers: Ints = np.asarray(ids, dtype=np.int64)
+        if self._table is not None and (found := self._table.spell(numbers, text.encode())) is not None:
+            return found
+        spelt, ends = self._text.text_and_ends(numbers.tolist())
         if spelt == text:
             return from_ends(ends)
         # The tokeniser normalises (NFC, say): its own offsets lead back to the characters of the text.
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if encoding.ids != ids:
-            raise InputError("the student's tokens do not spell the response")
+        if encoding.ids != numbers.tolist():
+            raise InputError("the tokens do not spell the text")
         lengths = np.fromiter((len(character.encode()) for character in text), dtype=np.int64, count=len(text))
         at = np.concatenate([[0], np.cumsum(lengths)])
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Tokens(at[offsets[:, 0]], at[offsets[:, 1]])
+
+
+class _Table:
+    """The bytes of every token of a byte-level tokeniser, one behind the other."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        pieces = [token_bytes(tokenizer.id_to_token(token)) for token in range(size)]
+        self.lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=size)
+        self.begins = np.cumsum(self.lengths) - self.lengths
+        self.words = _words(b"".join(pieces))
+
+    def spell(self, ids: Ints, data: bytes) -> Tokens | None:
+        """Where the tokens lie when they spell exactly `data`, else None."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.lengths):
+            return None
+        lengths = self.lengths[ids]
+        ends = np.cumsum(lengths)
+        if (ends[-1] if len(ids) else 0) != len(data):
+            return None
+        tokens = Tokens(ends - lengths, ends)
+        # Eight bytes of every token at a time, then the next eight of those that have more.
+        words, here, there, left = _words(data), tokens.begins, self.begins[ids], lengths
+        while len(left):
+            if ((words[here] ^ self.words[there]) & _MASKS[np.minimum(left, 8)]).any():
+                return None
+            more = np.flatnonzero(left > 8)
+            here, there, left = here[more] + 8, there[more] + 8, left[more] - 8
+        return tokens
+
+
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], dtype="<u8")  # the first bytes of a word
+
+
+def _words(data: bytes) -> npt.NDArray[np.uint64]:
+    """[len + 1] The eight bytes from each byte on, zeros behind the last."""
+    return np.ndarray((len(data) + 1,), dtype="<u8", buffer=data + bytes(8), strides=(1,))
 
 
 class Part(NamedTuple):

@@ -108,10 +108,10 @@ class Preparer:
             matched = _matched(data, _encoded(output))
             data, tokens = _encoded(output), move(tokens, matched)
         ids, response, student = self._student_tokens(candidate.messages, output, len(data))
-        sentences = self._sentences(data, tokens, student)
+        sentences, of_teacher, of_student = self._sentences(data, tokens, student)
         return Scorable(
             candidate.head, ids, response, move_back(sentences, matched) if matched else sentences,
-            assign(tokens, sentences), logprobs, assign(student, sentences),
+            of_teacher, logprobs, of_student,
         )  # fmt: skip
 
     def _teacher_tokens(self, candidate: Candidate) -> tuple[str, Tokens]:
@@ -169,21 +169,24 @@ class Preparer:
         skipped = size - len(response.encode())
         return ids, (begin, end), Tokens(tokens.begins + skipped, np.minimum(tokens.ends + skipped, size))
 
-    def _sentences(self, data: bytes, teacher: Tokens, student: Tokens) -> list[Span]:
-        """The sentences of the parts that count, short ones joined, each with tokens of both."""
+    def _sentences(self, data: bytes, teacher: Tokens, student: Tokens) -> tuple[list[Span], Segments, Segments]:
+        """The sentences of the parts that count, short ones joined, each with tokens of both; and those tokens."""
         thinking = data.find(CLOSE.encode())
         if thinking < 0:
             thinking = len(data) if OPEN.encode() in data else 0
-        wanted = {"all": (0, len(data)), "think": (0, thinking), "answer": (thinking, len(data))}[self.part]
-        spans = [span for span in split(data) if wanted[0] <= span[0] < wanted[1] and not is_marker(data, span)]
-        counts = [assign(tokens, spans).counts.tolist() for tokens in (teacher, student)]
-        merged = merge_short(spans, counts[0], counts[1], self.minimum)
-        both = np.minimum(assign(teacher, merged).counts, assign(student, merged).counts)
-        found = [span for span, count in zip(merged, both, strict=True) if count]
-        if not found:
+        begin, end = {"all": (0, len(data)), "think": (0, thinking), "answer": (thinking, len(data))}[self.part]
+        spans = [span for span in split(data) if begin <= span[0] < end and not is_marker(data, span)]
+        alone = [assign(tokens, spans) for tokens in (teacher, student)]
+        merged = merge_short(spans, alone[0].counts.tolist(), alone[1].counts.tolist(), self.minimum)
+        both = [segments.joined(spans, merged) for segments in alone]
+        empty = (both[0].counts == 0) | (both[1].counts == 0)
+        if empty.any():  # a whole part that is one token, which begins in front of it
+            merged = [span for span, none in zip(merged, empty, strict=True) if not none]
+            both = [assign(tokens, merged) for tokens in (teacher, student)]
+        if not merged:
             where = {"all": "the response", "think": "the thinking", "answer": "the answer"}[self.part]
             raise Unscorable("no sentences", f"{where} has no sentence with tokens of both models")
-        return found
+        return merged, both[0], both[1]
 
 
 def _encoded(text: str) -> bytes:

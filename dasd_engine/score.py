@@ -105,7 +105,7 @@ def score(
             return manifest
         scorer = _scorer(Path(student_dir), distilled_dir, preparer, where, DTYPES[dtype])
         teacher = stack.enter_context(TeacherLogprobs(teacher_logprobs)) if teacher_logprobs else None
-        job = _Job(source, Path(out), preparer, scorer, teacher, parameters)
+        job = Job(source, Path(out), preparer, scorer, teacher, parameters)
         job.run(world, done, quiet)
         world.barrier()
         if output is not None:
@@ -122,7 +122,7 @@ def score(
     return manifest
 
 
-class _Job:
+class Job:
     """The share of one rank: lines of the candidates in, rows of its part file out."""
 
     def __init__(
@@ -163,7 +163,7 @@ class _Job:
             # The same batches at any number of ranks, and in a run that goes on: their rounding is part of the result.
             if number % world.size != world.rank or all(line in done for line, _ in lines):
                 continue
-            for batch in self._prepared(lines, done, rows):
+            for batch in self.prepared(lines, done, rows):
                 launched = self.scorer.launch(batch)
                 if before is not None:
                     yield before[0], before[1], self._finish(before[1], before[2])
@@ -171,7 +171,7 @@ class _Job:
         if before is not None:
             yield before[0], before[1], self._finish(before[1], before[2])
 
-    def _prepared(self, lines: list[tuple[int, bytes]], done: set[int], rows: Appender) -> list[list[Scorable]]:
+    def prepared(self, lines: list[tuple[int, bytes]], done: set[int], rows: Appender | None) -> list[list[Scorable]]:
         """The lines as batches of at most `budget` tokens, about equal; what cannot be scored is written at once."""
         found: list[Scorable] = []
         for number, line in lines:
@@ -182,7 +182,7 @@ class _Job:
                 one.head.update(head)
                 found.append(one)
             except Unscorable as error:
-                if number not in done:
+                if rows is not None and number not in done:
                     rows.write({**head, "error": str(error)})
         total = sum(len(one.ids) for one in found)
         size = total / max(1, -(-total // self.budget))

@@ -27,7 +27,7 @@ class TokenText:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
-        self._is_byte_level = _is_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
+        self._is_byte_level = is_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
         self._bytes: dict[int, bytes] = {}  # of the tokens seen
 
     def text_and_ends(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> tuple[str, list[int]]:
@@ -65,7 +65,7 @@ class TokenText:
     def _bytes_of(self, token: int) -> bytes:
         found = self._bytes.get(token)
         if found is None:
-            found = self._bytes[token] = _token_bytes(self._tokenizer.id_to_token(token))
+            found = self._bytes[token] = token_bytes(self._tokenizer.id_to_token(token))
         return found
 
     def _ends(self, ids: Sequence[int]) -> list[int]:
@@ -121,7 +121,7 @@ def _replaced(raw: bytes, ends: list[int]) -> tuple[str, list[int]]:
     return text, moved
 
 
-def _token_bytes(token: str | None) -> bytes:
+def token_bytes(token: str | None) -> bytes:
     """What a byte-level decoder makes of a token: bytes where every character stands for one, else its own UTF-8."""
     if token is None:  # the model's vocabulary may be larger than the tokeniser's
         return b""
@@ -140,7 +140,7 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+def is_byte_level(decoder: dict[str, Any] | None) -> bool:
     if decoder is None:
         return False
     if decoder["type"] == "Sequence":

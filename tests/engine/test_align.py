@@ -86,7 +86,7 @@ def test_a_tokenizer_that_composes_characters(text):
 
 
 def test_ids_of_another_text_are_refused():
-    with pytest.raises(InputError, match="do not spell"):
+    with pytest.raises(InputError, match="do not spell the text"):
         Spelling(TOKENIZERS["gpt2"])(TOKENIZERS["gpt2"].encode("It is 4.").ids, "It is 5.")
 
 
