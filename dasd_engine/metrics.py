@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from dasd_engine.model import ModelConfig
 
 # Dense bf16 peaks of the data sheets, in FLOP/s, by a part of the device's name.
-_PEAKS = {
+PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -53,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that utilisation is measured against: a GPU's data sheet, else the rate of a matrix product timed here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAKS.items():
+        for part, peak in PEAKS.items():
             if part in name:
                 return peak
     a, b = torch.randn(1024, 512, device=device, dtype=dtype), torch.randn(512, 1024, device=device, dtype=dtype)

@@ -232,4 +232,4 @@ def print_summary(recipe: Recipe, export: Path, progress: Progress, display: Dis
     display.say(f"the student: {export} (a Hugging Face directory); metrics: {recipe.out / 'metrics.jsonl'}")
     if recipe.evaluate.problems:
         display.say(f"next: python -m dasd_engine.evaluate {export} {recipe.resolve(recipe.evaluate.problems)}")
-    display.say('your own data: write a recipe with model.path and [[stage]] data = "responses.jsonl"; see --help')
+        display.say('your own data: write a recipe with model.path and [[stage]] data = "responses.jsonl"; see --help')

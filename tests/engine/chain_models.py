@@ -1,6 +1,6 @@
 """Models whose next token depends on the last one alone, as written down here: real weights that no training made.
 
-They answer `<think>3+4=7.5-2=3.</think>B`: well-formed responses of random length, from the engine's own decoder. The
+They answer `<think>3+4=7⏎5-2=3⏎</think>B`: well-formed responses of random length, from the engine's own decoder. The
 one layer adds nothing at first (its output projections are 0), embeddings are one-hot, the head holds the log-odds.
 """
 
@@ -21,6 +21,7 @@ TEMPLATE = (
 )
 OPENING = TEMPLATE.replace("'<|im_start|>assistant' }}{% endif", "'<|im_start|>assistant<think>' }}{% endif")
 DIGITS = "123456789"
+NEWLINE = "\u010a"  # as a byte-level vocabulary writes it
 
 
 def write_chain(path: Path, end: float, template: str = TEMPLATE, positions: int = 512, letters: str = "ABCD") -> Path:
@@ -30,8 +31,8 @@ def write_chain(path: Path, end: float, template: str = TEMPLATE, positions: int
         tokenizer.id_to_token(tokenizer.encode("assistant", add_special_tokens=False).ids[-1]): {"<think>": 1.0},
         "<think>": dict.fromkeys(DIGITS, 1 / 9),
         **{op: dict.fromkeys(DIGITS, 1 / 9) for op in "+-="},
-        **{digit: {"+": 0.25, "-": 0.2, "=": 0.15, ".": 0.4} for digit in DIGITS},
-        ".": {"</think>": end, **dict.fromkeys(DIGITS, (1 - end) / 9)},
+        **{digit: {"+": 0.25, "-": 0.2, "=": 0.15, NEWLINE: 0.4} for digit in DIGITS},
+        NEWLINE: {"</think>": end, **dict.fromkeys(DIGITS, (1 - end) / 9)},
         "</think>": dict.fromkeys(letters, 1 / len(letters)),
         **{letter: {"<|im_end|>": 1.0} for letter in "ABCD"},
     }
