@@ -10,6 +10,10 @@ Scores stop after the rows' results. Our kernels return at once for rows past th
 two products are over all N rows: ignored rows save a third of a training step, not all of it. E is the input's
 dtype, [C, V] with V rounded up to 64, and is the only large buffer.
 
+Bytes of a training step, from HBM: E written once and read twice, dW read and written once a chunk in fp32, the head
+read twice a chunk and more (triton_score.py), 24 ND for the rows. At N, D, V = 32768, 2560, 151936 and WORKSPACE that
+is some 98 GB on sm_90 for 76.5 TFLOP, as compile_report counts; nothing was timed here.
+
 What goes the plain way of chunked.py instead (`supports`): training in fp16, whose range E leaves; label smoothing
 under a softcap, which has no rank-1 form; mixed dtypes; float64.
 

@@ -9,7 +9,8 @@ The residual: dloss/dz of the label, q = v e_y - c (1 - label_smoothing), cancel
 gradient's error. E keeps a = bf16(q / v) there and the exact rest is added in fp32: dX_i += (q - a v) W[y_i] and
 dW[y_i] += q x_i - a bf16(v x_i).
 
-Only compiled, never timed, here.
+Only compiled, never timed, here. With triton 3.7.1 all take 48 registers at most, no stack, 4 KB of shared memory at
+most, and load 128 bits at a time on Nvidia's chips (segments, summed in float64: 64).
 """
 
 import triton

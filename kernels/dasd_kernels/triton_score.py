@@ -7,12 +7,13 @@
 A pivot that is merely near the row's largest logit is enough, since fp32 and bf16 span 2^±126: the tiles of a row are
 independent, with no running maximum, rescaling, lock or atomic. Logits live in fp32 accumulators only. One program
 takes BM rows and one of `splits(V)` contiguous parts of the vocabulary, and writes one partial sum a row; the parts
-depend on V alone, so the bits of a row do not depend on which rows come with it. Programs that run together share
-about 16 row blocks and every part, whose hidden states (16 x BM x D) stay in L2.
+depend on V alone, so the bits of a row do not depend on which rows come with it. Programs that run together (one
+a multiprocessor: 132 on an H100) share every part and about 8 row blocks, whose hidden states stay in L2.
 
-Bytes, besides E: hidden once and the head once for every ~16 row blocks from HBM; partials, 4-16 bytes a row and
-part. Column masks and the target's pick run only in tiles that need them; an element of any other tile costs a
-multiply-add, an exp2 and an add (more under a bias or a softcap: the report counts them).
+Bytes, besides E: hidden once and the head once for every ~8 row blocks from HBM, (BM + BN) D elements a tile from L2;
+partials, 4-16 bytes a row and part. The report adds them up: at N, D, V = 32768, 2560, 151936 in bf16 on sm_90 a score
+reads 25 GB from HBM and 299 GB from L2 for 25.6 TFLOP. Column masks and the target's pick run only in tiles that need
+them; an element of any other tile costs a multiply-add, an exp2 and an add (more under a bias or a softcap).
 
 Only compiled, never timed, here (`python -m dasd_kernels.compile_report`). With triton 3.7.1, bf16 on sm_90: 254
 registers, no stack, 147 KB of shared memory, 4 HGMMA and 77 other instructions a pass of the loop over D (4.2 MFLOP),
@@ -46,32 +47,38 @@ class Tile:
     stages: int
 
 
+def generation(arch: str) -> int:
+    """80 or 90 or 100, the chip's way of multiplying; 0 for AMD's. sm_86, sm_89 and sm_120 multiply as sm_80 does."""
+    if arch.startswith("gfx"):
+        return 0
+    major = int(arch.removeprefix("sm_")) // 10
+    return 80 if major in (8, 12) else 10 * major
+
+
 def exp_tile(dtype: torch.dtype, arch: str, store: bool, options: bool, aligned: bool) -> Tile:
     """By arithmetic: a 128 x 256 tile reads 48 KB a step for 4.2 MFLOP, the least L2 traffic whose fp32 accumulator
     fits the registers (128 a thread of 8 warps); three stages hide the latency in 147 KB of sm_90's 227 KB. Only sums
     without `options` (bias, softcap, entropy, rank) leave room for it, and only there: the other epilogues spill at
     that size, and on sm_80 and sm_100 those of stored E with options at 128 x 128 too. TF32x3 holds every operand
     twice. Without alignment the addresses and masks of narrow loads take the registers: a small tile, and slow."""
-    fp32, amd = dtype == torch.float32, arch.startswith("gfx")
-    chip = 0 if amd else int(arch.removeprefix("sm_"))
+    fp32, chip = dtype == torch.float32, generation(arch)
     if not aligned:
         return Tile(64, 32, 32, 8 if fp32 else 4, 2) if chip >= 90 or not fp32 else Tile(32, 32, 32, 4, 2)
     if fp32:
-        return Tile(64, 64 if amd or chip >= 90 else 32, 32, 4, 2)
-    if amd:
+        return Tile(64, 32 if chip == 80 else 64, 32, 4, 2)
+    if chip == 0:
         return Tile(128, 128, 64, 8, 1)
-    columns = 64 if store and options and chip // 10 != 9 else 128
+    columns = 64 if store and options and chip != 90 else 128
     if chip < 90:
         return Tile(128, columns, 32, 8, 3)
-    return Tile(128, 256 if chip // 10 == 9 and not store and not options else columns, 64, 8, 3)
+    return Tile(128, 256 if chip == 90 and not store and not options else columns, 64, 8, 3)
 
 
 def pivot_tile(dtype: torch.dtype, arch: str, aligned: bool) -> Tile:
     """Rows, as many columns, and depth of the pivot's products; wgmma and tcgen05 take 64 rows at least."""
     if dtype != torch.float32:
         return Tile(64, 64, 64 if aligned else 32, 4, 2)
-    old = arch.startswith("gfx") or int(arch.removeprefix("sm_")) < 90
-    return Tile(32, 32, 32, 4, 2) if old else Tile(64, 64, 32, 8, 2)
+    return Tile(32, 32, 32, 4, 2) if generation(arch) < 90 else Tile(64, 64, 32, 8, 2)
 
 
 def splits(vocab: int) -> int:

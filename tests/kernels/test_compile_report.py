@@ -1,20 +1,22 @@
-"""compile_report on a few kernels; `python -m dasd_kernels.compile_report` does all of them, in some minutes."""
+"""compile_report on a few kernels; `python -m dasd_kernels.compile_report`, a step of CI, does all of them."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels are not compiled", allow_module_level=True)
+report = pytest.importorskip("dasd_kernels.compile_report")
 
-SCRIPT = "import sys; from dasd_kernels import compile_report as c; "
 
-
-def run(*arguments, **env):
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], env=kept | env, capture_output=True, text=True)
+def case(arch, dtype, options, kernel="exp_kernel"):
+    return next(c for c in report.products(arch, dtype) if (c.kernel, c.options) == (kernel, options))
 
 
 @pytest.mark.parametrize(
@@ -24,66 +26,74 @@ def run(*arguments, **env):
 def test_training_kernel_keeps_its_promises(arch, most, mma):
     """A pass is 128 x 128 x 64 (sm_80: 32): HGMMA and UTCHMMA take 16 of the depth; HMMA 16 x 8 x 16 and v_mfma
     32 x 32 x 8 in each of 8 warps."""
-    done = run("-m", "dasd_kernels.compile_report", "--arch", arch, "--only", "bf16 store retry", "--json")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    facts = report.compile_case(case(arch, torch.bfloat16, "store retry"))
+    assert not facts.broken and facts.mma == mma and facts.stack == 0 and facts.spill == 0
+    assert 0 < facts.regs <= most and 20 < facts.k_loop < 200 and facts.tile > 500
+    assert facts.loads == ("TMA" if arch in ("sm_90", "sm_100") else "128")
+
+
+def test_the_command_prints_what_it_compiled():
+    command = [sys.executable, "-m", "dasd_kernels.compile_report", "--arch", "sm_90", "--only", "kl_finish", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 compiled, 0 with a broken promise" in done.stderr, done.stderr[-2000:]
     (facts,) = json.loads(done.stdout)
-    assert facts["kernel"] == "exp_kernel" and facts["mma"] == mma and facts["stack"] == 0 and not facts["broken"]
-    assert 0 < facts["regs"] <= most and 20 < facts["k_loop"] < 200 and facts["tile"] > 500
-    assert facts["loads"] == ("TMA" if arch in ("sm_90", "sm_100") else "128")
+    assert facts["kernel"] == "kl_finish_kernel" and facts["regs"] > 0 and facts["mma"] == "" and not facts["broken"]
 
 
-def test_broken_promises_are_found():
+def test_it_refuses_to_report_interpreted_kernels():
+    command = [sys.executable, "-m", "dasd_kernels.compile_report"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
+
+
+def test_every_kernel_is_covered():
+    modules = report.triton_score, report.triton_rows, report.triton_kl
+    members = [pair for module in modules for pair in vars(module).items()]
+    named = {name for name, value in members if name.endswith("_kernel") and hasattr(value, "arg_names")}
+    for arch in report.SHARED:
+        assert {c.kernel for c in report.cases(arch)} == named
+        assert {c.dtype for c in report.cases(arch) if c.kernel in ("exp_kernel", "kl_kernel")} == {
+            "bf16",
+            "fp16",
+            "fp32",
+        }
+
+
+def test_broken_promises_are_found(monkeypatch):
     """Tiles that were rejected: one that spills, one whose stages exceed the shared memory, one of fewer rows than
     wgmma takes, and one whose loads lost their alignment."""
-    code = SCRIPT + (
-        "import torch, dataclasses as d, json\n"
-        "case = [x for x in c.products('sm_90', torch.bfloat16) if x.options == 'store all'][0]\n"
-        "big = d.replace(case, flags={**case.flags, 'BN': 256})\n"
-        "deep = d.replace(big, arch='sm_90', stages=6, options='score')\n"
-        "old = [x for x in c.products('sm_90', torch.float32) if x.kernel == 'pivot_kernel'][0]\n"
-        "old = d.replace(old, flags={**old.flags, 'BM': 32}, warps=4)\n"
-        "thin = [x for x in c.products('sm_80', torch.bfloat16) if x.options == 'score unaligned'][0]\n"
-        "found = [c.compile_case(x).broken for x in (case, big, deep, old, thin)]\n"
-        "real = c.signature\n"
-        "c.signature = lambda case, names: real(d.replace(case, aligned=False), names)\n"
-        "print(json.dumps([*found, c.compile_case(d.replace(thin, aligned=True)).broken]))"
-    )
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kept, spilling, deep, old, excused, thin = json.loads(done.stdout)
-    assert kept == [] and any("spills" in b for b in spilling)
-    assert any("shared memory" in b for b in deep) and old == ["HMMA, not HGMMA"]
-    assert excused == [] and thin == ["global loads of 32 bits in the inner loop"]
+    big = case("sm_90", torch.bfloat16, "store")
+    big = replace(big, flags={**big.flags, "BN": 256})
+    assert any("spills" in b for b in report.compile_case(big).broken)
+    assert any("shared memory" in b for b in report.compile_case(replace(big, stages=6)).broken)
+    old = case("sm_90", torch.float32, "", "pivot_kernel")
+    old = replace(old, flags={**old.flags, "BM": 32}, warps=4)
+    assert report.compile_case(old).broken == ["HMMA, not HGMMA"]
+    thin, real = case("sm_80", torch.bfloat16, "score unaligned"), report.signature
+    assert report.compile_case(thin).broken == []
+    monkeypatch.setattr(report, "signature", lambda c, names: real(replace(c, aligned=False), names))
+    assert report.compile_case(replace(thin, aligned=True)).broken == ["global loads of 32 bits in the inner loop"]
+    nothing = report.compile_case(replace(thin, flags={**thin.flags, "BK": 8}))
+    assert len(nothing.broken) == 1 and nothing.broken[0].startswith("does not compile")
 
 
 def test_loops_are_told_from_waits_that_jump_back():
     """The wait at the end is entered from inside the loop over D: a backward branch, but no loop of products."""
-    code = SCRIPT + (
-        "from dasd_kernels.machine_code import SASS, parts\n"
-        "code = ['MOV', '.L_1', 'FADD', '.L_2', '@!P0 BRA `(.L_4)', '.L_3', 'LDG.E.128 R0', 'HMMA.16816 R1', 'IADD',\n"
-        "        '@P1 BRA `(.L_2)', 'EX2', '@P2 BRA `(.L_1)', 'HMMA.16816 R1', 'EXIT',\n"
-        "        '.L_4', 'NANOSLEEP', '@!P0 BRA `(.L_4)', 'BRA `(.L_3)']\n"
-        "products, loads, loops, around = parts(code, SASS)\n"
-        "print([products, loads, [(l.products, l.others, l.loads) for l in loops], around])"
-    )
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    products, loads, loops, around = eval(done.stdout)
-    assert products == ("HMMA", "HMMA") and loads == (128,) and loops == [(("HMMA",), 7, (128,))]
+    from dasd_kernels.machine_code import SASS, parts
+
+    code = ["MOV", ".L_1", "FADD", ".L_2", "@!P0 BRA `(.L_4)", ".L_3", "LDG.E.128 R0", "HMMA.16816 R1", "IADD",
+            "@P1 BRA `(.L_2)", "EX2", "@P2 BRA `(.L_1)", "HMMA.16816 R1", "EXIT",
+            ".L_4", "NANOSLEEP", "@!P0 BRA `(.L_4)", "BRA `(.L_3)"]  # fmt: skip
+    products, loads, loops, around = parts(code, SASS)
+    assert products == ("HMMA", "HMMA") and loads == (128,)
+    assert [(loop.products, loop.others, loop.loads) for loop in loops] == [(("HMMA",), 7, (128,))]
     assert around == 3  # FADD, EX2 and the branch back
 
 
 def test_the_work_of_a_call_is_near_the_floor():
-    code = SCRIPT + "import json; from dataclasses import asdict; print(json.dumps(list(map(asdict, c.work('sm_90')))))"
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    score, train = json.loads(done.stdout)
-    n, d, v = 32768, 2560, 151936
-    assert score["floor"] == pytest.approx(2e-12 * n * d * v) and train["floor"] == pytest.approx(6e-12 * n * d * v)
-    assert 1 < score["tflop"] / score["floor"] < 1.005 and 1 < train["tflop"] / train["floor"] < 1.002
-    assert score["least_gb"] == pytest.approx(2e-9 * d * (n + v))
-
-
-def test_it_refuses_to_report_interpreted_kernels():
-    done = run("-m", "dasd_kernels.compile_report", TRITON_INTERPRET="1")
-    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
+    n, d, v = report.SHAPE
+    score, train, divergence = report.work("sm_90")
+    assert score.floor == pytest.approx(2e-12 * n * d * v) and train.floor == 3 * score.floor
+    assert divergence.floor == 2 * score.floor
+    assert all(1 < w.tflop / w.floor < 1.005 for w in (score, train, divergence))
+    assert score.least_gb == pytest.approx(2e-9 * d * (n + v)) and score.memory_gb < train.memory_gb
