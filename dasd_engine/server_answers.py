@@ -82,22 +82,25 @@ class Dialect:
             if choice.get("logprobs") is None:
                 return Failed("the server gives no logprobs; it must be one that does")
             ids, logprobs, pieces = _tokens(choice)
-            if self.chat is not None and ids is not None:
-                return self.chat.response(self.chat.prompt(request), request, ids, logprobs, reason)
             said, thought = (choice["text"], "") if self.chat is not None else _said(choice["message"])
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            (said + thought).encode()
+        except UnicodeEncodeError as error:
+            return Failed(f"the text has half a surrogate pair at character {error.start}")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise Malformed(f"the answer has another form than expected ({type(error).__name__}: {error})") from None
-        if any(logprob == _MISSING for logprob in logprobs):
+        if _MISSING in logprobs:
             return Failed("the server gives no logprob for some tokens")
+        if self.chat is not None and ids is not None:
+            return self.chat.response(self.chat.prompt(request), request, ids, logprobs, reason)
         found = _spelt(pieces, said or thought)
         if found is None:
             if not (said or thought).strip():
                 return Failed(f"the text is empty ({len(pieces)} tokens, finish reason {reason})")
             return Failed("the tokens do not spell the text: give the directory of the model's tokenizer and template")
         text, ends = found
-        opened = "" if request.prefix else _opened(text, bool(thought))
-        size = len(opened.encode())
-        return checked(Sampled(opened + text, size, ids, logprobs, [size + end for end in ends], reason))
+        opened = self.chat.prompt(request)[1] if self.chat is not None else _opened(text, bool(thought))
+        size = 0 if request.prefix else len(opened.encode())
+        return checked(Sampled(opened[:size] + text, size, ids, logprobs, [size + end for end in ends], reason))
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[int] | None, list[float], list[bytes]]:
@@ -110,7 +113,7 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int] | None, list[float], list
         ids = [entry.get("id") for entry in entries]
     else:
         values = found["token_logprobs"]
-        pieces = [str(token).encode(errors="replace") for token in found["tokens"]]
+        pieces = [str(token).encode() for token in found["tokens"]]
         ids = [None] * len(values)
     if choice.get("token_ids") is not None:
         ids = choice["token_ids"]
@@ -119,7 +122,7 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int] | None, list[float], list
 
 
 def _bytes(entry: dict[str, Any]) -> bytes:
-    return bytes(entry["bytes"]) if entry.get("bytes") is not None else str(entry["token"]).encode(errors="replace")
+    return bytes(entry["bytes"]) if entry.get("bytes") is not None else str(entry["token"]).encode()
 
 
 def _said(message: dict[str, Any]) -> tuple[str, str]:
@@ -134,11 +137,11 @@ def _spelt(pieces: list[bytes], shown: str) -> tuple[str, list[int]] | None:
     Thinking and special tokens may be missing from `shown`. Up to two tokens behind it end the turn: they go.
     """
     text, ends = text_and_ends(pieces)
-    raw, last = text.encode(), shown.strip().encode(errors="replace")
+    raw, last = text.encode(), shown.strip().encode()
     for count in range(len(pieces), max(0, len(pieces) - 3), -1):
         end = ends[count - 1]
         if last and raw[:end].rstrip().endswith(last):
-            return raw[:end].decode(errors="replace"), [min(e, end) for e in ends]
+            return raw[:end].decode(), [min(e, end) for e in ends]
     return None
 
 
