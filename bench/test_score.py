@@ -42,7 +42,7 @@ SMOLLM2 = {
     "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "attention_bias": False,
 }  # fmt: skip
-TOKENS = 4096  # of a batch
+TOKENS = 1024  # of a batch
 ADVERSARIAL = [
     "$a", "\\[", "\\(x.\\) ", "\\begin{a}", "```\n", "` ``", "a.b.", "a. ", "1. ", "e.g. ", "?! ", "n! ", "… ", "п. ",
     "。 ", "\n", "a\n", "([{", "<think>", "<|start|>a<|channel|>b",
@@ -105,7 +105,7 @@ def test_score(benchmark: Any, tmp_path: Path, dtype: str) -> None:
         pytest.skip("this CPU has no bf16 instructions")
     path, source = student_dir(tmp_path), tmp_path / "candidates.jsonl"
     chat = Chat.load(path)
-    write_candidates(source, chat, 2 * TOKENS)
+    write_candidates(source, chat, TOKENS)
     model = load_model(path, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     preparer = Preparer(chat, context=8192)
     parameters = {"beta": 0.1, "tokens_per_batch": TOKENS, "token_logprobs": False}
