@@ -26,7 +26,6 @@ from dasd_engine.selection import BINS, TYPES, Candidate, Counts, count_four_typ
 EXAMPLES = 3  # of each reason, with their text
 EXCERPT = 300  # characters of either end of an example
 CHUNK = 1 << 16  # sentences counted together
-NEAR = 64  # tokens from the context within which a document's length is not estimated but encoded
 
 Key = tuple[str, float, int]  # question, temperature, candidate
 
@@ -258,28 +257,24 @@ class Pool:
         return examine(
             row["text"],
             finish_reason=_field(row, "finish_reason", str, where),
-            tokens=lambda output: 0 if student_tokens is None else self._length(row, output, student_tokens),
+            tokens=lambda output: 0 if student_tokens is None else self._length(row, student_tokens),
             answer=None if row.get("answer") is None else _field(row, "answer", str, where),
             filters=self.filters,
             stop_tokens=[token for token in stops if token],
         )[1]
 
-    def _length(self, row: dict[str, Any], output: str, student_tokens: int) -> int:
-        """Tokens of the longest document that prepare makes of it; of the response alone without a student."""
-        if self.chat is None:
-            return student_tokens + 1  # the end of its turn
-        if row["id"] not in self._prompts:
+    def _length(self, row: dict[str, Any], student_tokens: int) -> int:
+        """Tokens of the document that prepare makes of it: prompt (of a known student), response, end of turn."""
+        if self.chat is not None and row["id"] not in self._prompts:
             self._prompts[row["id"]] = len(self.chat.prompt_ids(row["messages"], system=self.system))
-        length = self._prompts[row["id"]] + student_tokens + 1
-        if abs(length - self.filters.context) > NEAR:
-            return length
-        messages = [*row["messages"], {"role": "assistant", "content": output}]
-        return max(len(ids) for ids, _ in self.chat.documents(messages, system=self.system))
+        return self._prompts.get(row["id"], 0) + student_tokens + 1
 
 
 def _unscored(error: str) -> Drop:
+    """dasd_engine.score's reason as one of the filters', where it is one."""
     kind, _, detail = error.partition(": ")
-    return Drop("too_long", detail) if kind == "context" else Drop("not_scored", error)
+    reason = {"context": "too_long", "template": "not_trainable"}.get(kind, "not_scored")
+    return Drop(reason, error if reason == "not_scored" else detail)
 
 
 def _named(key: Key) -> str:

@@ -20,7 +20,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib import metadata
@@ -30,7 +30,7 @@ from typing import Any
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Filters, Repetition, normalise
-from dasd_engine.records import ASKED, LOCK, OutputDirectory, read_finished, read_json, write_json
+from dasd_engine.records import ASKED, LOCK, OutputDirectory, read_finished, read_json, write_json, write_rows
 from dasd_engine.scored import Pool, read_scores
 from dasd_engine.selection import RULES, Candidate, choose
 from dasd_engine.selection_report import render, report
@@ -173,7 +173,7 @@ def _write(output: OutputDirectory, pool: Pool, inputs: Sequence[_Input], rule: 
         others = ", ".join(f"{t:g}" for t in sorted(pool.others)) or "none at all"
         raise InputError(f"temperature {pool.temperature}: no candidate has it; there are {others}")
     pool.dropped.sort(key=lambda row: (row["temperature"], row["id"], row["candidate"], row["line"]))
-    _write_rows(output.path / DROPPED, pool.dropped)
+    write_rows(output.path / DROPPED, pool.dropped)
     reasons = Counter(row["reason"] for row in pool.dropped)
     dropped = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
     if not pool.kept:
@@ -184,8 +184,8 @@ def _write(output: OutputDirectory, pool: Pool, inputs: Sequence[_Input], rule: 
         questions = pool.questions(temperature)
         choices = {name: choose(questions, name, seed) for name in RULES}
         sections.append(report(pool, temperature, questions, choices, rule, seed))
-        chosen += [choices[rule][question] for question in sorted(questions)]
-    _write_rows(output.path / SELECTED, _selected_rows(chosen, pool, inputs, rule))
+        chosen += [choices[rule][question] for question in questions]
+    write_rows(output.path / SELECTED, _selected_rows(chosen, pool, inputs, rule))
     write_json(output.path / REPORT, {"parameters": output.asked["parameters"], "temperatures": sections})
     counts = {
         "candidates": len(pool.kept) + len(pool.dropped), "kept": len(pool.kept), "dropped": dropped,
@@ -199,16 +199,6 @@ def _forget(output: OutputDirectory) -> None:
     """Let a run that wrote nothing be followed by one with what was wrong put right."""
     if {path.name for path in output.path.iterdir()} <= {ASKED, LOCK}:
         (output.path / ASKED).unlink()
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _selected_rows(

@@ -287,6 +287,13 @@ def test_what_is_written(tmp_path):
     )
 
 
+def test_what_is_no_user_message_is_not_made_one(tmp_path):
+    only = [{"role": "system", "content": "Begin."}]
+    select(write_scored(tmp_path, [candidate("a", 0, messages=only)]), tmp_path / "out", quiet=True)
+    (row,) = rows(tmp_path / "out/selected.jsonl")
+    assert row["messages"][0] == only[0] and "input" not in row
+
+
 def test_every_temperature_is_chosen_for_itself(tmp_path):
     select(small(tmp_path), tmp_path / "out", rule="longest", quiet=True)
     metas = [json.loads(row["meta"]) for row in rows(tmp_path / "out/selected.jsonl")]
@@ -547,7 +554,7 @@ def test_finished_is_left_alone_and_killed_is_done_again(tmp_path, monkeypatch):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    for name in ("_selected_rows", "write_json", "_write_rows"):  # at any of its files
+    for name in ("_selected_rows", "write_json", "write_rows"):  # at any of its files
         monkeypatch.setattr(select_module, name, killed)
         with pytest.raises(KeyboardInterrupt):
             select(scores, tmp_path / name, quiet=True)
@@ -593,6 +600,7 @@ def edit(path, line, **fields):
         ({"sentences": [[0, 1, float("nan"), 0.5, 3, 3]]}, r"sentences\[0\] holds nan where a probability"),
         ({"sentences": [[0, 1, 0.5, 0.5, 3, 3], [0, 1, 0.5, float("inf"), 3, 3]]}, r"sentences\[1\] holds inf"),
         ({"sentences": [[0, 1, -0.5, 0.5, 3, 3]]}, r"sentences\[0\] holds -0.5"),
+        ({"sentences": [[0, 1, 0.5, 1.01, 3, 3]]}, r"sentences\[0\] holds 1.01"),
         ({"sentences": [[0, 1, 0.5, "x", 3, 3]]}, r"sentences\[0\] holds 'x'"),
         ({"sentences": [[0, 1]]}, "`sentences` must be lists"),
         ({"sentences": "none"}, "`sentences` must be a list"),
@@ -644,15 +652,17 @@ def test_what_cannot_be_scored_is_counted(tmp_path):
             candidate("a", 0, error="logprobs: non-finite"), candidate("a", 1, ""), candidate("a", 2, "tc"),
             candidate("a", 3, "tc"), candidate("a", 4, error="context: 70000 tokens, more than the student's 65536"),
             candidate("a", 5, error="logprobs: non-finite", finish_reason="length"),
+            candidate("a", 6, error="template: messages[1].content: has no thinking"),
         ],
     )  # fmt: skip
     kept = [row for row in rows(scores / "scores.jsonl") if row["source"] != 4]
     (scores / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     manifest = select(scores, tmp_path / "out", quiet=True)
-    assert manifest["counts"]["dropped"] == {"truncated": 1, "too_long": 1, "not_scored": 3}
+    assert manifest["counts"]["dropped"] == {"truncated": 1, "not_trainable": 1, "too_long": 1, "not_scored": 3}
     assert [row["detail"] for row in rows(tmp_path / "out/dropped.jsonl")] == [
         "logprobs: non-finite", "no sentences", "no row in scores.jsonl",
         "70000 tokens, more than the student's 65536", "after 51 characters",
+        "messages[1].content: has no thinking",
     ]  # fmt: skip
 
 
