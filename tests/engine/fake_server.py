@@ -21,6 +21,8 @@ from typing import Any
 
 import tokenizers
 
+from dasd_engine.token_text import token_bytes
+
 STUDENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "student"
 
 
@@ -155,7 +157,7 @@ class FakeServer:
         if fault in ("nan", "null logprob"):
             logprobs[1] = math.nan if fault == "nan" else None
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        tokens = [raw_bytes(self.tokenizer.id_to_token(token)) for token in ids]
+        tokens = [token_bytes(self.tokenizer.id_to_token(token)) for token in ids]
         if path.endswith("/chat/completions"):
             thinking, _, said = text.removeprefix("<think>\n").partition("\n</think>\n")
             message = {"content": said.strip(), "reasoning_content": thinking} if self.reasoning else {"content": text}
@@ -174,12 +176,6 @@ class FakeServer:
         if fault == "no logprobs":
             choice["logprobs"] = None
         return {"id": "x", "choices": [choice]}
-
-
-def raw_bytes(token: str) -> bytes:
-    from dasd_engine.token_text import token_bytes
-
-    return token_bytes(token)
 
 
 def send(handler: BaseHTTPRequestHandler, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
