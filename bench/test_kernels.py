@@ -88,7 +88,7 @@ def loss_peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | str]:
         "F.linear_cross_entropy": getattr(F, "linear_cross_entropy", "not in this torch"),
     }
     try:
-        from cut_cross_entropy import linear_cross_entropy as cut  # type: ignore[import-not-found]
+        from cut_cross_entropy import linear_cross_entropy as cut
 
         peers["cut-cross-entropy"] = lambda h, w, y: cut(h, w, y, impl="torch_compile")
     except ImportError as error:
