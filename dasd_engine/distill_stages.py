@@ -86,7 +86,10 @@ def _sample(recipe: DistillRecipe) -> Stage:
 
     def run(quiet: bool) -> None:
         out = recipe.out / "sample"
-        sample(recipe.questions, recipe.teacher, out, progress=not quiet, limit=s.limit or None, **asked)
+        # Whoever runs distill again wants what failed to be asked again.
+        sample(
+            recipe.questions, recipe.teacher, out, progress=not quiet, retry_failed=True, limit=s.limit or None, **asked
+        )
 
     def files() -> dict[str, Any]:
         found = [{key: value for key, value in one.items() if key != "file"} for one in identify(recipe.questions)]

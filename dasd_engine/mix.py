@@ -137,7 +137,7 @@ class _Assembly:
             raise InputError(
                 f"{self.path}: no mixed-policy response is left of {counts['questions']:,} questions: "
                 f"{counts['not_cut_off']:,} ended before the cap, dropped: {found['dropped'] or 0}; see {DROPPED}; "
-                "give it more questions or a lower cap, in another --out"
+                "run it again where the teacher failed, else give it more questions or a lower cap, in another --out"
             )
         return found
 
@@ -198,7 +198,7 @@ class _Assembly:
 
 
 class _Lines:
-    """Rows of a JSON Lines file by their `id`, read when asked for: all of them may not fit in memory."""
+    """Rows of a JSON Lines file by their `id` (the last one), read when asked for: all may not fit in memory."""
 
     def __init__(self, path: Path):
         self._file = open(path, "rb")  # noqa: SIM115 (closed by close)

@@ -116,7 +116,7 @@ class Sampling:
     def ask(self, options: TeacherOptions) -> None:
         """Append the teacher's continuation of each cut-off response to continuations.jsonl."""
         rows = self.output.appender(CONTINUATIONS)
-        done = {row["id"] for _, row in read_rows(rows.path)}
+        done = {row["id"] for _, row in read_rows(rows.path) if "failed" not in row}  # what failed is asked again
         missing = sum(1 for _ in self._cut_off(done))
         if not missing:
             return

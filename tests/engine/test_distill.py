@@ -12,7 +12,7 @@ from distill_runs import write_distillation
 from runs import environment, weights
 
 from dasd_engine import distill
-from dasd_engine.config import load_recipe
+from dasd_engine.config import load_recipe, packaged
 from dasd_engine.distill import DONE, Run, State
 from dasd_engine.distill_config import load_distill_recipe
 from dasd_engine.distill_stages import launch
@@ -303,3 +303,10 @@ def test_a_process_that_fails_tells_its_last_line(finished, tmp_path):
     recipe = load_distill_recipe(finished)
     with pytest.raises(InputError, match=r"dasd_engine.prepare ended with exit code 2; .*no such file"):
         launch(recipe, "dasd_engine.prepare", ["none.jsonl", "--model", "m", "--out", "o"], tmp_path / "log")
+
+
+@pytest.mark.parametrize("name", ["distill.toml", "distill-tiny.toml"])
+def test_the_packaged_recipes_are_read(name):
+    recipe = load_distill_recipe(packaged(name))
+    assert recipe.sample.temperatures == (0.6, 1.0)
+    assert recipe.train["mixed"].epochs == 1 < recipe.train["high"].epochs

@@ -304,6 +304,16 @@ def test_no_response_left_says_where_they_went(parts, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "mixed.jsonl").exists()
 
 
+def test_a_run_that_goes_on_asks_again_what_failed(parts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(mix_sampling, "open_teacher", lambda options: Fake("no end of the thinking"))
+        with pytest.raises(InputError, match="teacher_failed"):
+            run(parts, tmp_path / "out")
+    counts, _ = run(parts, tmp_path / "out")
+    assert counts["mixed"] == counts["cut_off"] - counts["dropped"]["no_answer"]
+    assert "teacher_failed" not in counts["dropped"]
+
+
 def test_a_prompt_without_room_is_counted(parts, tmp_path):
     with pytest.raises(InputError, match="no_room"):
         run(parts, tmp_path / "out", options=MixOptions(filters=Filters(context=20)))
