@@ -118,12 +118,14 @@ class Preparer:
         """The response and where the teacher's tokens lie in it."""
         text, ends = candidate.text, candidate.token_ends
         if text is not None and ends is not None:
+            if not isinstance(ends, list) or not all(type(end) is int for end in ends):
+                raise Unscorable("token_ends", "must be a list of whole numbers")
             if len(ends) != len(candidate.token_ids):
                 raise Unscorable("lengths", f"{len(candidate.token_ids)} token_ids, {len(ends)} token_ends")
             size = len(_encoded(text))
             try:
                 tokens = from_ends(ends, candidate.opened)
-            except (InputError, ValueError, TypeError, OverflowError) as error:
+            except (InputError, OverflowError) as error:
                 raise Unscorable("token_ends", str(error)) from None
             if candidate.opened < 0 or tokens.ends[-1] != size:
                 raise Unscorable("token_ends", f"end at byte {tokens.ends[-1]} of a text of {size} bytes")
