@@ -19,18 +19,33 @@ def plan_packs(
     NDArray[np.float64],  # cost
     NDArray[np.int64],  # tokens
 ]: ...
+
+# csrc/packing: sets are (tokens, offsets, loss_spans) each; tokens on a device come as (address, total).
 def assemble_pack(
-    tokens: NDArray[np.uint32],
-    offsets: NDArray[np.int64],
-    loss_spans: NDArray[np.int32],
-    docs: NDArray[np.int64],
-    out: NDArray[np.int64],
-    elementwise: bool = False,
-) -> tuple[NDArray[np.int32], int, int, int]: ...  # cu_seqlens, max_seqlen, num_valid, num_tokens
+    sets: list[tuple], docs: NDArray[np.int64], out: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64], int, int]: ...  # cu_seqlens, valid, max_seqlen, num_tokens
+def label_counts(loss_spans: NDArray[np.int32], docs: NDArray[np.int64]) -> NDArray[np.int64]: ...
+def run_jobs(stage: int, packs: int) -> None: ...
+def copy_rows(
+    source: NDArray[np.uint32], valid: NDArray[np.int64], to: NDArray[np.uint32], scatter: bool
+) -> None: ...
+
+class Stage:
+    def __init__(self, sets: list[tuple], packs: list[NDArray[np.int64]], capacity: int, resident: bool) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def describe(self) -> list[tuple[int, int, int, int, int]]: ...  # at, cu, max_seqlen, num_valid, tokens
+    def write(self, host: int, device: int, rows: int, stride: int, valid: int) -> None: ...
 
 # csrc/linear_ce: addresses and sizes, checked and laid out by dasd_kernels.cpu, their one caller.
+class Workspace:
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
+    @staticmethod
+    def release() -> None: ...
+
 def linear_ce_describe(name: str) -> tuple[int, int] | None: ...  # bytes of an element of E, tokens of a register tile
 def linear_ce_forward(
-    name: str, head: tuple, rows: tuple, scores: tuple, state: tuple | None, e_bytes: int, threads: int
+    name: str, head: tuple, rows: tuple, scores: tuple, state: tuple | None, threads: int
 ) -> None: ...
 def linear_ce_weight_gradient(name: str, head: tuple, rows: tuple, state: tuple, out: tuple, threads: int) -> None: ...

@@ -12,10 +12,12 @@ printed by `python -m bench.table packing`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +25,11 @@ import torch
 from dasd_kernels import _C
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["PackPlan", "PackedBatch", "assemble_pack", "plan_packs"]
+__all__ = ["PackPlan", "PackedBatch", "assemble_pack", "assemble_packs", "plan_packs"]
 
 INT32_MAX = 2**31 - 1  # cu_seqlens and, inside, document numbers are int32
 
@@ -73,9 +75,16 @@ class PackPlan:
     def balance(self, step: int) -> float:
         """Mean over max of the ranks' costs in a step, 0..1: the share of the step in which the ranks work."""
         _check_index("step", step, self.num_steps)
-        packs = slice(self.step_offsets[step], self.step_offsets[step + 1])
-        loads = np.bincount(self.rank[packs], weights=self.cost[packs], minlength=self.ranks)
-        return float(loads.mean() / loads.max()) if loads.max() > 0 else 1.0
+        return float(self.balances[step])
+
+    @functools.cached_property
+    def balances(self) -> NDArray[np.float64]:
+        """`balance` of every step, [S]."""
+        step = np.repeat(np.arange(self.num_steps), np.diff(self.step_offsets))
+        loads = np.bincount(step * self.ranks + self.rank, weights=self.cost, minlength=self.num_steps * self.ranks)
+        loads = loads.reshape(self.num_steps, self.ranks)
+        most = loads.max(axis=1)
+        return np.divide(loads.mean(axis=1), most, out=np.ones_like(most), where=most > 0)
 
     @property
     def digest(self) -> str:
@@ -142,13 +151,14 @@ class PackedBatch:
     labels: torch.Tensor  # int64 [T]; the next token where it is trained, else -100
     positions: torch.Tensor  # int64 [T]; from 0 in each segment
     cu_seqlens: torch.Tensor  # int32 [segments + 1]; 0 first, T last
+    valid: torch.Tensor  # int64 [num_valid]; where labels are not -100, ascending
     max_seqlen: int  # the longest segment, padding included, as attention kernels need it
     num_valid: int  # labels that are not -100
     num_tokens: int  # real tokens
 
 
 def assemble_pack(
-    tokens: ArrayLike,
+    tokens: ArrayLike | torch.Tensor,
     offsets: ArrayLike,
     loss_spans: ArrayLike,
     docs: ArrayLike | Sequence[int],
@@ -158,39 +168,105 @@ def assemble_pack(
 ) -> PackedBatch:
     """Copies documents out of a shard into one pack of `capacity` tokens, with labels, positions and boundaries.
 
-    tokens      uint32 [total], the shard's tokens; a np.memmap is read only where the documents lie
+    tokens      uint32 [total], the shard's tokens; a np.memmap is read only where the documents lie. For a CUDA
+                `device` also a uint32 tensor that lies there
     offsets     int64 [D + 1], document d is tokens[offsets[d]:offsets[d + 1]]
     loss_spans  int32 [K, 3], rows (document, begin, end): token indices inside the document, sorted by document, then
                 begin, disjoint. labels[i] = tokens[i + 1] where i + 1 is in the same document and in a span, else -100;
                 so the first token of a document is never a label
     docs        integers, in the order in which they are laid out; none gives a pack of padding only
-    device      where the tensors go; for CUDA through pinned memory, without waiting for the copy
+    device      where the tensors go. For CUDA the documents' tokens are copied from pinned memory, 4 bytes each, and
+                one kernel writes the pack, both on the current stream and without waiting (csrc/packing/pack.cu);
+                without the compiled CUDA part the pack is written on the CPU and copied
 
     ValueError names the document that does not exist, is empty, does not fit, or has a wrong span. TypeError names the
     array whose dtype is another one: the arrays may be large, so nothing is converted.
     """
+    return assemble_packs([(tokens, offsets, loss_spans)], [docs], capacity, device=device)[0]
+
+
+def assemble_packs(
+    shards: Sequence[tuple[ArrayLike | torch.Tensor, ArrayLike, ArrayLike]],
+    packs: Sequence[ArrayLike | Sequence[int]],
+    capacity: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[PackedBatch]:
+    """`assemble_pack` for several packs, such as a step's, of several shards: on CUDA one copy and one launch for all.
+
+    shards  (tokens, offsets, loss_spans) each; documents are numbered through, the second shard's after the first's
+    packs   the documents of each pack
+    """
     _check_range("capacity", capacity)
     device = torch.device(device)
+    sets = [_shard(*shard, device) for shard in shards]
+    documents = [_integers("docs", docs) for docs in packs]
+    if device.type == "cuda" and (cuda := _cuda_module()):
+        return _expand(sets, documents, capacity, device, cuda.write_packs)
+    return [_assemble_on_cpu(sets, docs, capacity, device) for docs in documents]
+
+
+def _assemble_on_cpu(sets: list, docs: NDArray[np.int64], capacity: int, device: torch.device) -> PackedBatch:
+    out = torch.empty(3, capacity, dtype=torch.int64, pin_memory=device.type == "cuda")
+    cu_seqlens, valid, max_seqlen, num_tokens = _C.assemble_pack(sets, docs, out.numpy())
+    rows = out.to(device, non_blocking=True)  # one copy for the three
+    boundaries, positions = (torch.from_numpy(array).to(device) for array in (cu_seqlens, valid))
+    return PackedBatch(rows[0], rows[1], rows[2], boundaries, positions, max_seqlen, len(valid), num_tokens)
+
+
+def _expand(
+    sets: list, documents: list[NDArray[np.int64]], capacity: int, device: torch.device, write: Callable[..., None]
+) -> list[PackedBatch]:
+    """The packs written by `write` from one buffer that is copied to `device`. Tests run it on the CPU, with the
+    kernel's arithmetic in a loop."""
+    on_cuda = device.type == "cuda"
+    stage = _C.Stage(sets, documents, capacity, any(isinstance(tokens, tuple) for tokens, _, _ in sets))
+    facts = stage.describe()
+    stride = -(-capacity // 4) * 4  # so that every row begins on 16 bytes
+    host = torch.empty(stage.bytes, dtype=torch.uint8, pin_memory=on_cuda)
+    staged = torch.empty(stage.bytes, dtype=torch.uint8, device=device)
+    rows = torch.empty(len(documents), 3, stride, dtype=torch.int64, device=device)
+    counts = [num_valid for _, _, _, num_valid, _ in facts]
+    valid = torch.empty(sum(counts), dtype=torch.int64, device=device)
+    stage.write(host.data_ptr(), staged.data_ptr(), rows.data_ptr(), stride, valid.data_ptr())
+    staged.copy_(host, non_blocking=True)
+    if on_cuda and documents:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device)
+            write(stream.device_index, staged.data_ptr(), len(documents), capacity, stream.cuda_stream)
+    elif documents:
+        write(staged.data_ptr(), len(documents))
+    batches = []
+    for pack, own, (begin, segments, max_seqlen, num_valid, used) in zip(rows, valid.split(counts), facts, strict=True):
+        tokens, labels, positions = pack[:, :capacity].unbind()
+        cu_seqlens = staged[begin : begin + 4 * segments].view(torch.int32)
+        batches.append(PackedBatch(tokens, labels, positions, cu_seqlens, own, max_seqlen, num_valid, used))
+    return batches
+
+
+@functools.cache
+def _cuda_module() -> Any:
+    """The compiled CUDA part, or None where the package was built without nvcc."""
+    try:
+        return importlib.import_module("dasd_kernels._cuda")
+    except ImportError:
+        return None
+
+
+def _shard(tokens: Any, offsets: ArrayLike, loss_spans: ArrayLike, device: torch.device) -> tuple:
     spans = _typed("loss_spans", loss_spans, np.int32, 2)
     if spans.shape[1] != 3:
         raise ValueError(f"loss_spans must be [K, 3], rows (document, begin, end), not {list(spans.shape)}")
     offsets_array = _typed("offsets", offsets, np.int64, 1)
     if not len(offsets_array):
         raise ValueError("offsets must have one entry more than there are documents, but is empty")
-    out = torch.empty(3, capacity, dtype=torch.int64, pin_memory=device.type == "cuda")
-    cu_seqlens, max_seqlen, num_valid, num_tokens = _C.assemble_pack(
-        _typed("tokens", tokens, np.uint32, 1), offsets_array, spans, _integers("docs", docs), out.numpy()
-    )
-    rows = out.to(device, non_blocking=True)  # one copy for the three
-    return PackedBatch(
-        tokens=rows[0],
-        labels=rows[1],
-        positions=rows[2],
-        cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
-        max_seqlen=max_seqlen,
-        num_valid=num_valid,
-        num_tokens=num_tokens,
-    )
+    if isinstance(tokens, torch.Tensor) and tokens.device.type == "cuda":
+        if tokens.device != torch.empty(0, device=device).device or not _cuda_module():
+            raise ValueError(f"tokens lie on {tokens.device}: packs must be made there, by the compiled CUDA part")
+        if tokens.dtype != torch.uint32 or tokens.ndim != 1 or not tokens.is_contiguous():
+            raise TypeError(f"tokens must be contiguous uint32 [total], not {tokens.dtype} {list(tokens.shape)}")
+        return (tokens.data_ptr(), len(tokens)), offsets_array, spans
+    return _typed("tokens", tokens, np.uint32, 1), offsets_array, spans
 
 
 def _integers(name: str, values: ArrayLike | Sequence[int] | torch.Tensor) -> NDArray[np.int64]:

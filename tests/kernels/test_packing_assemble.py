@@ -1,4 +1,4 @@
-"""assemble_pack against a plain Python reference, and its device arithmetic against its loops."""
+"""assemble_pack against a plain Python reference, and what the CUDA kernels do, on the CPU, against assemble_pack."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dasd_kernels import _C, assemble_pack
+from dasd_kernels import _C, assemble_pack, packing
 
 
 @st.composite
@@ -56,18 +56,60 @@ def test_same_as_plain_python(shard):
         assert tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.tolist() == value, name
     assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens.tolist() == cu_seqlens
     assert batch.max_seqlen == max(np.diff(cu_seqlens))
-    assert batch.num_valid == sum(label != -100 for label in labels)
+    assert batch.valid.tolist() == [t for t, label in enumerate(labels) if label != -100]
+    assert batch.num_valid == len(batch.valid)
     assert batch.num_tokens == sum(int(shard[1][d + 1] - shard[1][d]) for d in shard[3])
 
 
+def assert_equal(batch, same):
+    for name in ("tokens", "labels", "positions", "cu_seqlens", "valid"):
+        assert getattr(batch, name).tolist() == getattr(same, name).tolist(), name
+    assert batch.tokens.is_contiguous() and batch.tokens.data_ptr() % 16 == 0
+    for name in ("max_seqlen", "num_valid", "num_tokens"):
+        assert getattr(batch, name) == getattr(same, name), name
+
+
+def expand(sets, packs, capacity):
+    """The CUDA path with its kernel's threads in a loop: the same staging, the same functions of csrc/packing."""
+    documents = [np.array(docs, dtype=np.int64) for docs in packs]
+    return packing._expand(sets, documents, capacity, torch.device("cpu"), _C.run_jobs)
+
+
 @given(shards())
-def test_the_arithmetic_of_one_position_gives_the_same(shard):
-    tokens, offsets, spans, docs, capacity = shard
-    batch = assemble_pack(*shard)
-    out = np.full((3, capacity), -1, dtype=np.int64)
-    info = _C.assemble_pack(tokens, offsets, spans, np.array(docs, dtype=np.int64), out, elementwise=True)
-    np.testing.assert_array_equal(out, torch.stack([batch.tokens, batch.labels, batch.positions]).numpy())
-    assert info[1:] == (batch.max_seqlen, batch.num_valid, batch.num_tokens)
+def test_the_kernel_writes_the_same(shard):
+    *arrays, docs, capacity = shard
+    assert_equal(expand([tuple(arrays)], [docs], capacity)[0], assemble_pack(*shard))
+
+
+@given(shards(), shards())
+def test_several_packs_of_several_shards_in_one_launch(first, second):
+    """Documents are numbered through; a document of the second shard gives what that shard alone gives."""
+    sets, begin = [first[:3], second[:3]], len(first[1]) - 1
+    packs = [first[3], [begin + doc for doc in second[3]], []]
+    capacity = max(first[4], second[4])
+    same = [assemble_pack(*shard[:4], capacity) for shard in (first, second)]
+    same.append(assemble_pack(*first[:3], [], capacity))
+    for assembled in (packing.assemble_packs(sets, packs, capacity), expand(sets, packs, capacity)):
+        assert len(assembled) == 3
+    for batch, other in zip(expand(sets, packs, capacity), same, strict=True):
+        assert_equal(batch, other)
+    for batch, other in zip(packing.assemble_packs(sets, packs, capacity), same, strict=True):
+        assert batch.labels.tolist() == other.labels.tolist() and batch.valid.tolist() == other.valid.tolist()
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_documents_anywhere_in_a_shard_on_the_device(shift):
+    """Tokens that are not staged lie at any multiple of 4 bytes; the kernel reads the two lines of 16 around them."""
+    lengths = np.array([9, 6, 30, 1, 2, 17])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64) + shift
+    memory = torch.arange(80, dtype=torch.int64).to(torch.uint32)  # aligned, and longer than the shard
+    rows = [(d, 1, n) for d, n in enumerate(lengths.tolist()) if n > 1]
+    loss_spans, total = spans(*rows), int(offsets[-1])
+    docs = [4, 2, 0, 5, 3, 1]
+    resident = [((memory.data_ptr(), total), offsets, loss_spans)]
+    same = assemble_pack(memory.numpy()[:total], offsets, loss_spans, docs, 70)
+    assert_equal(expand(resident, [docs], 70)[0], same)
+    assert same.num_valid == sum(n - 1 for n in lengths)
 
 
 TOKENS = np.arange(10, 20, dtype=np.uint32)
