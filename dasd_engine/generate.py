@@ -10,12 +10,10 @@ token a step over a key-value cache. A request that ends leaves the batch and a 
 responses never wait for long ones.
 
 What a request draws depends on its prompt and its `How` and on nothing else: the same request gives the same tokens
-in any batch and next to any neighbours. On a CPU the logprobs are the same bits too, because what the kernels there
-round differently is kept from them. Measured with torch 2.13, fp32 and bf16, one and two threads, the last bit changes
-with fewer rows in a matrix product than four a thread; in the elements after the last whole vector of 16; and in
-attention with cache widths around 256, or with three queries, whose scratch memory is unaligned. So rows, widths and
-queries are filled up. On a GPU, where the kernel itself may depend on the number of rows, that number is held fixed
-and every prompt is prefilled alone.
+in any batch and next to any neighbours. On a CPU the logprobs are the same bits too: the kernels between the matrix
+products compute a row from its own data (`cpu_decoder`), and the products get a multiple of 16 rows and at least four a
+thread. Measured with torch 2.13, fp32 and bf16, one and two threads: with fewer the last bit changes. On a GPU, where
+the kernel itself may depend on the number of rows, that number is held fixed and every prompt is prefilled alone.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dasd_engine.attention import attention
+from dasd_engine.cpu_decoder import Attend, CpuDecoder
 from dasd_engine.draw import How, draw
 from dasd_engine.errors import InputError
+from dasd_engine.kv_cache import KVCache
 from dasd_engine.model import Block, Decoder
 
 _PREFILL_TOKENS = 16384  # of one prefill pack on a CPU; a longer prompt goes alone
-_VECTOR = 16  # fp32 numbers of the widest vector: sizes are multiples of it
-_CPU_QUERIES = 8  # attention on a CPU gets a multiple of so many: others leave its scratch memory unaligned
+_VECTOR = 16  # rows of a matrix product are a multiple of it
 
 
 @dataclass(frozen=True)
@@ -179,22 +178,16 @@ class _Waiting:
 
 
 class _Batch:
-    """The running requests' keys, values and next inputs, a row each; rows 0 to `len(sizes)` are in use.
-
-    Cache tensors: [rows, G, tokens, K] keys and values a layer, grown as responses grow.
-    """
+    """The running requests' cache and next inputs, a row each; rows 0 to `len(sizes)` are in use."""
 
     def __init__(self, model: Decoder, batch_size: int):
         self.model = model
-        weight = model.embed_tokens.weight
-        config = model.config
-        self.device = weight.device
+        self.device = model.embed_tokens.weight.device
         on_cpu = self.device.type == "cpu"
         self.pack_tokens = _PREFILL_TOKENS if on_cpu else 0
         self.least = 4 * torch.get_num_threads() if on_cpu else batch_size  # rows of a matrix product
-        shape = (self.filled(batch_size), config.num_key_value_heads, 0, config.head_dim)
-        self.keys = [weight.new_empty(shape) for _ in model.layers]
-        self.values = [weight.new_empty(shape) for _ in model.layers]
+        self.compiled = CpuDecoder(model) if CpuDecoder.serves(model) else None
+        self.cache = KVCache(model, self.filled(batch_size), self.compiled is not None)
         self.lengths_B = torch.zeros(0, dtype=torch.int64, device=self.device)  # tokens cached of each row
         self.tokens_B = torch.zeros(0, dtype=torch.int64, device=self.device)  # each row's next input
         self.sizes: list[int] = []  # lengths_B, known without asking the device
@@ -223,14 +216,12 @@ class _Batch:
         sizes_B = torch.tensor(sizes, device=self.device)
         rows_S = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes_B)  # S: all rows' tokens
         slots_S = torch.arange(len(rows_S), device=self.device) - (sizes_B.cumsum(0) - sizes_B)[rows_S]
-        from_S = begins_B[rows_S] + slots_S
+        from_S, rows_S = begins_B[rows_S] + slots_S, rows_S + first
         self.sizes += sizes
-        self._make_room()
+        self.cache.reserve(max(self.sizes))
 
         def attend(layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-            # Advanced indices around a slice put the token axis in front: [S, G, K].
-            self.keys[layer][first + rows_S, :, slots_S] = k_TGK[from_S]
-            self.values[layer][first + rows_S, :, slots_S] = v_TGK[from_S]
+            self.cache.write(layer, k_TGK, v_TGK, from_S, rows_S, slots_S)
             cu, longest = cu_seqlens.to(torch.int32), max(lengths)
             return attention(q_THK, k_TGK, v_TGK, cu, longest, backend=self.model.attention_backend)
 
@@ -241,25 +232,15 @@ class _Batch:
     def decode(self) -> Tensor:
         """One more token of every row through the model; hidden states [rows, D]."""
         self.sizes = [size + 1 for size in self.sizes]
-        self._make_room()
-        in_use, width = len(self.sizes), _cache_width(max(self.sizes))
-        count = self.filled(in_use)
-        unread = count - in_use
+        self.cache.reserve(max(self.sizes))
+        in_use = len(self.sizes)
+        unread = self.filled(in_use) - in_use
         positions_B, tokens_B = F.pad(self.lengths_B, (0, unread)), F.pad(self.tokens_B, (0, unread))
-        rows_B = torch.arange(count, device=self.device)
-        visible_B11L = (torch.arange(width, device=self.device) <= positions_B[:, None])[:, None, None]
+        rows_B = torch.arange(in_use + unread, device=self.device)
 
         def attend(layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> Tensor:
-            self.keys[layer][rows_B, :, positions_B] = k_BGK
-            self.values[layer][rows_B, :, positions_B] = v_BGK
-            k_BGLK, v_BGLK = self.keys[layer][:count, :, :width], self.values[layer][:count, :, :width]
-            # The query heads that share keys stand where SDPA has query positions: nothing is repeated.
-            q_BGHK = q_BHK.unflatten(1, (k_BGLK.shape[1], -1))
-            heads = q_BGHK.shape[2]
-            if self.device.type == "cpu":
-                q_BGHK = F.pad(q_BGHK, (0, 0, 0, -heads % _CPU_QUERIES))
-            out_BGHK = F.scaled_dot_product_attention(q_BGHK, k_BGLK, v_BGLK, attn_mask=visible_B11L)
-            return out_BGHK[:, :, :heads].flatten(1, 2)
+            self.cache.write(layer, k_BGK, v_BGK, rows_B, rows_B, positions_B)
+            return self.cache.attend(layer, q_BHK, positions_B)
 
         hidden_BD = self._forward(tokens_B, positions_B, attend)
         self.lengths_B = self.lengths_B + 1
@@ -268,7 +249,8 @@ class _Batch:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V] of the last prefill's or decode's hidden states."""
         count = len(hidden_ND)
-        return self.model.logits(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
+        head = self.compiled.head if self.compiled else self.model.logits
+        return head(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
 
     def feed(self, tokens: Tensor) -> None:
         """The next inputs of the rows that the last prefill or decode computed."""
@@ -279,15 +261,15 @@ class _Batch:
         moved = [(new, old) for new, old in enumerate(rows) if new != old]
         if moved:
             new, old = torch.tensor(moved, device=self.device).T
-            width = max(self.sizes)
-            for cache in (*self.keys, *self.values):
-                cache[new, :, :width] = cache[old, :, :width]
+            self.cache.move(new, old)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.lengths_B, self.tokens_B = self.lengths_B[index], self.tokens_B[index]
         self.sizes = [self.sizes[row] for row in rows]
 
-    def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Decoder.forward with attention by `attend(layer, q, k, v)`."""
+        if self.compiled:
+            return self.compiled.forward(tokens_T, positions_T, attend)
         model = self.model
         cos_T1R, sin_T1R = model.rotary(positions_T)
         x_TD = model.embed_tokens(tokens_T)
@@ -298,26 +280,12 @@ class _Batch:
             x_TD = x_TD + block.mlp(block.post_attention_layernorm(x_TD))
         return model.norm(x_TD)
 
-    def _make_room(self) -> None:
-        """Room for the longest row; at least doubled, so that growing costs a constant a token."""
-        room, longest = self.keys[0].shape[2], max(self.sizes)
-        if longest > room:
-            more = _cache_width(max(longest, 2 * room)) - room
-            self.keys = [F.pad(cache, (0, 0, 0, more)) for cache in self.keys]
-            self.values = [F.pad(cache, (0, 0, 0, more)) for cache in self.values]
-
 
 def _fill_holes(alive: list[bool]) -> list[int]:
     """Rows to keep, moving as few as possible: the last living ones go where others have ended."""
     count = sum(alive)
     tail = [row for row in range(count, len(alive)) if alive[row]]
     return [row if alive[row] else tail.pop() for row in range(count)]
-
-
-def _cache_width(length: int) -> int:
-    """The columns of the cache that are read for `length` tokens: few different sums, and all of them round alike."""
-    blocks, rest = divmod(length, 512)
-    return blocks * 512 + next(width for width in (0, 64, 128, 384, 512) if rest <= width)
 
 
 def _check(model: Decoder, index: int, prompt: Prompt) -> None:
