@@ -15,7 +15,7 @@ on, and holds the probabilities: not worth a second path.
 
 import inspect
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,8 +24,10 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention.varlen import varlen_attn
 
+from dasd_engine.context_parallel import gather_heads, scatter_heads
 from dasd_engine.errors import InputError
 
 BACKENDS = ("auto", "varlen", "flash", "sdpa")
@@ -47,10 +49,14 @@ class Documents:
     max_seqlen: int
     backend: str  # "varlen", "flash" or "sdpa"
     lengths: tuple[int, ...] = ()  # for "sdpa" only: on CUDA they cost a synchronisation
+    group: ProcessGroup | None = None  # ranks that share the pack (context_parallel.py)
 
 
-def documents(cu_seqlens: Tensor, max_seqlen: int, like: Tensor, backend: str = "auto") -> Documents:
-    """`Documents` for activations [T, ...] with the device and dtype of `like`.
+def documents(
+    cu_seqlens: Tensor, max_seqlen: int, like: Tensor, backend: str = "auto", group: ProcessGroup | None = None
+) -> Documents:
+    """`Documents` for activations [T, ...] with the device and dtype of `like`; [T/n, ...] where the n ranks of `group`
+    share the pack.
 
     Empty documents are allowed. InputError for an unknown backend or one that cannot run here; ValueError where
     `cu_seqlens` does not run from 0 to T ("sdpa" only).
@@ -63,9 +69,10 @@ def documents(cu_seqlens: Tensor, max_seqlen: int, like: Tensor, backend: str = 
     if backend == "sdpa":
         bounds = cu_seqlens.tolist()
         lengths = tuple(end - begin for begin, end in zip(bounds[:-1], bounds[1:], strict=True))
-        if not lengths or bounds[0] != 0 or bounds[-1] != like.shape[0] or min(lengths) < 0:
-            raise ValueError(f"cu_seqlens must rise from 0 to the pack's {like.shape[0]} tokens, is {bounds}")
-        return Documents(cu_seqlens, max_seqlen, backend, tuple(length for length in lengths if length))
+        size = like.shape[0] * (group.size() if group else 1)
+        if not lengths or bounds[0] != 0 or bounds[-1] != size or min(lengths) < 0:
+            raise ValueError(f"cu_seqlens must rise from 0 to the pack's {size} tokens, is {bounds}")
+        return Documents(cu_seqlens, max_seqlen, backend, tuple(length for length in lengths if length), group)
     if not can_flash:
         raise InputError(
             f"attention backend {backend!r} needs CUDA and fp16 or bf16, not {like.device.type} {like.dtype}"
@@ -74,7 +81,7 @@ def documents(cu_seqlens: Tensor, max_seqlen: int, like: Tensor, backend: str = 
         _flash_attn()
     else:
         _activate_newest_flash(like.device.index)
-    return Documents(cu_seqlens, max_seqlen, backend)
+    return Documents(cu_seqlens, max_seqlen, backend, group=group)
 
 
 def attention(
@@ -99,6 +106,9 @@ def document_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, docs: Documents, *, scale: float | None = None
 ) -> Tensor:
     """`attention` for documents that are already described."""
+    if docs.group:
+        heads = scatter_heads(q_THK, k_TGK, v_TGK, docs.group)
+        return gather_heads(document_attention(*heads, replace(docs, group=None), scale=scale), docs.group)
     if docs.backend == "sdpa":
         return _sdpa(q_THK, k_TGK, v_TGK, docs, scale)
     cu, longest = docs.cu_seqlens, docs.max_seqlen

@@ -63,10 +63,11 @@ class RunOptions:
         "auto: torch's varlen_attn on CUDA (FA3 or FA4 when installed), else sdpa; flash: the flash-attn package",
     )
     threads: int = option(0, "CPU threads of a rank, 0 for torch's choice; 1 is best where the machine has other work")
-    gather: Literal["step", "layer"] = option(
-        "step", "parameters gathered once a step (fastest) or a layer at a time (least memory)"
+    gather: Literal["auto", "step", "layer"] = option(
+        "auto", "parameters gathered once a step (fastest) or a layer at a time (least memory); auto: once if it fits"
     )
     replicas: int = option(1, "HSDP: copies of the sharded model; ranks divide evenly among them")
+    context_parallel: int = option(1, "ranks that share a pack: each has a part of its tokens, and to attend of the heads")
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
     )
@@ -91,7 +92,7 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    data: str
+    data: tuple[str, ...]
     train: TrainOptions
 
 
@@ -175,9 +176,17 @@ def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
         raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
     return Stage(
         name=typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
-        data=typed(stage["data"], str, f"{path}: {where}.data"),
+        data=_data(stage["data"], f"{path}: {where}.data"),
         train=build(TrainOptions, {**train, **own}, path, where),
     )
+
+
+def _data(value: Any, where: str) -> tuple[str, ...]:
+    """One path or several."""
+    paths = typed(value, tuple[str, ...], where) if isinstance(value, list) else (typed(value, str, where),)
+    if not paths:
+        raise InputError(f"{where} is empty; name files, or directories made by dasd_engine.prepare")
+    return paths
 
 
 def _check(recipe: Recipe) -> None:
@@ -200,6 +209,9 @@ def _check(recipe: Recipe) -> None:
         }.items():
             if not good:
                 raise InputError(f"{recipe.path}: stage.{i}.{key} = {getattr(o, key)} is out of range")
+    for key in ("replicas", "context_parallel"):
+        if getattr(recipe.run, key) < 1:
+            raise InputError(f"{recipe.path}: run.{key} = {getattr(recipe.run, key)} must be at least 1")
     if recipe.checkpoint.every < 1 or recipe.checkpoint.keep < 1:
         raise InputError(f"{recipe.path}: checkpoint.every and checkpoint.keep must be at least 1")
 
@@ -293,6 +305,7 @@ def describe() -> str:
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
         "  name, data                         data: JSONL, Parquet, a hub data set, or shards of dasd_engine.prepare",
+        "                                     (a directory of them too); one, or a list of several",
     ]
     return "\n".join(lines)
 

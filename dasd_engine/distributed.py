@@ -18,8 +18,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dasd_engine.config import RunOptions
+from dasd_engine.context_parallel import part_of
 from dasd_engine.errors import InputError
 from dasd_engine.model import Decoder
+from dasd_kernels import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,41 @@ class World:
     mesh: DeviceMesh
     host_group: dist.ProcessGroup  # gloo: barriers and small host-side sums, beside the training traffic
     writer_group: dist.ProcessGroup  # gloo: of the checkpoint writers' threads alone, which run while steps go on
+    context_group: dist.ProcessGroup | None = None  # neighbours that share this rank's packs; None where it has its own
+    host_ranks: int = 1  # ranks on this machine
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def context_ranks(self) -> int:
+        return self.context_group.size() if self.context_group else 1
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks, or groups of them, have packs of their own."""
+        return self.size // self.context_ranks
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context_ranks
+
+    def part_of(self, pack: PackedBatch) -> PackedBatch:
+        """What of `pack` is this rank's to compute: all of it, or its part of the tokens."""
+        return part_of(pack, self.rank % self.context_ranks, self.context_ranks) if self.context_group else pack
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum over ranks of a few host numbers, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
+
+    def least(self, value: int) -> int:
+        """The smallest value of any rank."""
+        result = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(result, dist.ReduceOp.MIN, group=self.host_group)
+        return int(result)
 
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
@@ -49,8 +76,9 @@ class World:
 def start(options: RunOptions) -> Iterator[World]:
     """Join the process group that torchrun describes, or make a world of one; leave it at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if size % options.replicas:
-        raise InputError(f"run.replicas = {options.replicas} does not divide the {size} ranks")
+    for key in ("replicas", "context_parallel"):
+        if size % getattr(options, key):
+            raise InputError(f"run.{key} = {getattr(options, key)} does not divide the {size} ranks")
     if options.threads:
         torch.set_num_threads(options.threads)
     if torch.cuda.is_available():
@@ -71,7 +99,13 @@ def start(options: RunOptions) -> Iterator[World]:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         # Other ranks wait here while the first one evaluates or writes, so the default half hour is too short.
         host_group, writer_group = (dist.new_group(backend="gloo", timeout=timedelta(hours=6)) for _ in range(2))
-        yield World(rank, size, device, mesh, host_group, writer_group)
+        context_group = None
+        if options.context_parallel > 1:
+            shape = (size // options.context_parallel, options.context_parallel)
+            groups = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+            context_group = groups.get_group("context")
+        host_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield World(rank, size, device, mesh, host_group, writer_group, context_group, host_ranks)
     finally:
         dist.destroy_process_group()
 
@@ -87,31 +121,42 @@ def compute_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
 def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.dtype) -> Decoder:
     """Checkpoint, compile and shard `model`, block by block; embedding, last norm and head form the root's group.
 
-    Gradients are summed over ranks, never averaged: the loss already carries the step's share of each token.
+    Gradients are summed over ranks, never averaged: the loss already carries the step's share of each token. So ranks
+    that share a pack need no mesh of their own: each has gradients of its tokens, and all ranks shard the model.
     """
+    assert options.gather != "auto", "memory.settle decides"
+    model.context_group = world.context_group
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     keep = options.gather == "step"
     for layer in model.layers:
         if options.activation_checkpointing != "none":
-            _checkpoint_activations(layer, options.activation_checkpointing)
+            checkpoint_activations(layer, options.activation_checkpointing)
         if options.compile:
             layer.compile()
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the root, then the blocks
+    for module, following in zip(modules, [*modules[1:], None], strict=True):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        if following is not None:  # its gather starts before this one computes; backward does so by itself
+            module.set_modules_to_forward_prefetch([following])
     return model
 
 
 def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
-    """Gradients cross ranks, and parameters gathered for the step are freed, at the step's last micro-step only."""
+    """At the step's last micro-step only, gradients cross ranks and parameters gathered for the step are freed.
+
+    Where parameters are gathered a layer at a time, gradients are not held whole either, in fp32 twice the parameters'
+    size: each micro-step leaves them summed over shards, and the last one sums them over replicas.
+    """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(is_last)
-    model.set_is_last_backward(is_last)
     if options.gather == "step":
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)
         model.set_reshard_after_backward(is_last)
+    else:
+        model.set_requires_all_reduce(is_last)
 
 
 def squared_norm(model: Decoder) -> float:
@@ -122,7 +167,7 @@ def squared_norm(model: Decoder) -> float:
     return torch.stack(norms).square().sum().item() if norms else 0.0
 
 
-def _checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
+def checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
     """Recompute `layer` in the backward pass; "selective" keeps the results of matrix products and attention."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 

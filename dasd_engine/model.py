@@ -13,6 +13,7 @@ R rotary frequencies (K/2), V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from dasd_engine.attention import Documents, document_attention, documents
 from dasd_engine.model_config import ModelConfig
@@ -98,6 +99,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "auto"  # see dasd_engine.attention.attention
+        self.context_group: ProcessGroup | None = None  # ranks that share a pack, each with a part of its tokens
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -124,7 +126,7 @@ class Decoder(nn.Module):
         """
         cos_T1R, sin_T1R = self.rotary(positions_T)
         x_TD = self.embed_tokens(tokens_T)
-        docs = documents(cu_seqlens, max_seqlen, x_TD, self.attention_backend)
+        docs = documents(cu_seqlens, max_seqlen, x_TD, self.attention_backend, self.context_group)
         pack = PackContext(cos_T1R, sin_T1R, docs)
         for layer in self.layers:
             x_TD = layer(x_TD, pack)

@@ -190,27 +190,27 @@ def _score(result: dict) -> str:
     return f"pass@1 {100 * result['pass_at_1']:.1f} % of {result['count']} held-out problems ({tasks})"
 
 
-def print_plan(recipe: Recipe, config: ModelConfig, plans: list[StagePlan], world: World, display: Display) -> None:
-    """The student, each stage's packs and steps, and what a rank must hold before activations."""
+def print_plan(
+    recipe: Recipe, config: ModelConfig, plans: list[StagePlan], memory: list[str], world: World, display: Display
+) -> None:
+    """The student, what a rank must hold, each stage's packs and steps."""
     with torch.device("meta"):
         size = sum(p.numel() for p in Decoder(config).parameters())
     dtype = compute_dtype(recipe.run, world.device)
-    gathered = size * (dtype.itemsize + 4)  # compute copy and its fp32 gradient, over a step
-    held = size * 12 / (world.size // recipe.run.replicas) + gathered
     display.say(
         f"student {size / 1e6:,.2f} M parameters, {config.num_hidden_layers} layers, vocabulary {config.vocab_size}; "
-        f"{str(dtype).removeprefix('torch.')} on {world.size} x {world.device.type}; "
-        f"weights, moments and gradients take {held / 2**30:,.2f} GiB a rank"
+        f"{str(dtype).removeprefix('torch.')} on {world.size} x {world.device.type}"
     )
+    for line in memory:
+        display.say(line)
     row = "{:<18} {:>9} {:>12} {:>12} {:>6} {:>7} {:>7} {:>8} {:>9}"
     display.say(row.format("stage", "documents", "tokens", "trained", "epochs", "steps", "fill", "balance", "PFLOP"))
     for plan in plans:
-        first, s = plan.epochs[0], plan.shards
-        balance = sum(first.balance(i) for i in range(first.num_steps)) / first.num_steps
+        first, data = plan.epochs[0], plan.corpus
         display.say(row.format(
-            plan.stage.name[:18], f"{len(s):,}", f"{s.lengths.sum():,}", f"{plan.trained.sum():,}", len(plan.epochs),
-            f"{plan.steps:,}", f"{100 * first.fill:.2f}%", f"{balance:.3f}",
-            f"{plan.flops.sum() * len(plan.epochs) / 1e15:,.2f}",
+            plan.stage.name[:18], f"{len(data):,}", f"{data.tokens:,}", f"{data.trained_tokens:,}", len(plan.epochs),
+            f"{plan.steps:,}", f"{100 * first.fill:.2f}%", f"{first.balance:.3f}",
+            f"{plan.flops * len(plan.epochs) / 1e15:,.2f}",
         ))  # fmt: skip
 
 

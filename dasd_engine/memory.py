@@ -1,0 +1,245 @@
+"""What a rank will hold at its fullest, known before the first step: whether it fits, and which knob helps if not.
+
+    python -m dasd_engine.memory MODEL --ranks 8 --context 65536 --gib 79.6     every choice for a device not here
+
+States follow from the parameters' number. Activations are counted as the values that a block's backward reads, each
+once in the compute dtype; what kernels hold besides is not known here, so that part is an estimate. How near it comes
+to measured peaks stands in docs/training.md.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dasd_engine import context_parallel
+from dasd_engine.config import Recipe, RunOptions
+from dasd_engine.distributed import World, compute_dtype
+from dasd_engine.errors import InputError, run_cli
+from dasd_engine.model import Decoder
+from dasd_engine.model_config import ModelConfig, read_config
+from dasd_kernels.cpu import CACHE_BYTES, CHUNK_ROWS
+
+GIB = 2**30
+CUDA_WORKSPACE = 1 << 30  # dasd_kernels.triton_ce.WORKSPACE, which only imports where Triton is
+USABLE = 0.92  # of a device's memory: the rest is the allocator's gaps, the context of CUDA and of NCCL
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an estimate depends on besides the model."""
+
+    run: RunOptions
+    ranks: int
+    context: int
+    packs_per_step: int
+    dtype: torch.dtype
+    device: str  # "cuda" or "cpu"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank, by what they are for."""
+
+    masters: int  # fp32 weights, this rank's shard
+    moments: int  # AdamW's two, fp32
+    gathered: int  # parameters in the compute dtype
+    gradients: int  # whole over a step, or this rank's shard; and of the blocks under way
+    activations: int  # kept from forward to backward
+    block: int  # of the one block that backward is in: what it computes again, and gradients of activations
+    loss: int  # the head's fp32 gradient, the gradient of the hidden states, a chunk of logits
+    checkpoint: int  # the copy that is written in the background, where it is in the same memory
+
+    @property
+    def states(self) -> int:
+        """The part that is arithmetic, not an estimate."""
+        return self.masters + self.moments + self.gathered + self.gradients
+
+    @property
+    def total(self) -> int:
+        """The fullest moment: all activations, and the loss or the backward pass of the last block."""
+        return self.states + self.activations + max(self.block, self.loss) + self.checkpoint
+
+    def __str__(self) -> str:
+        parts = [f"{name} {size / GIB:,.2f}" for name, size in vars(self).items() if size]
+        return f"{self.total / GIB:,.2f} GiB a rank ({', '.join(parts)}; of block and loss the larger counts)"
+
+
+def estimate(config: ModelConfig, s: Setting) -> Estimate:
+    """Bytes of a rank. `s.run.gather` must be decided."""
+    root, block = parameter_counts(config)
+    size = root + config.num_hidden_layers * block
+    shards, item = s.ranks // s.run.replicas, s.dtype.itemsize
+    micro_steps = math.ceil(s.packs_per_step * s.run.context_parallel / s.ranks)
+    tokens = s.context // s.run.context_parallel
+
+    whole = s.run.gather == "step"
+    # One micro-step hands each block's gradients on at once; several add up in fp32, whole, until the last.
+    summed = 4 * size if whole and micro_steps > 1 else 4 * size // shards
+    kept, again, gradients = block_values(config, s.run)
+    return Estimate(
+        masters=4 * size // shards,
+        moments=8 * size // shards,
+        gathered=item * (size if whole else root + 2 * block),  # a layer at a time: this one and the next
+        gradients=summed + item * root + (item + 4) * block,
+        activations=item * tokens * (config.num_hidden_layers * kept + 3 * config.hidden_size),
+        block=item * tokens * (again + gradients),
+        loss=loss_bytes(config, tokens, s.dtype, s.device),
+        checkpoint=12 * size // shards if s.device == "cpu" else 0,
+    )
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Of embedding, last norm and head, which are gathered together, and of a block."""
+    with torch.device("meta"):
+        model = Decoder(replace(config, num_hidden_layers=1))
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    return sum(p.numel() for p in model.parameters()) - block, block
+
+
+def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
+    """Values a token that a block keeps for its backward, that it computes again there, and of gradients meanwhile."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    normed = q + kv if config.qk_norm else 0
+    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, its silu, up and their product.
+    everything = 4 * hidden + normed + 2 * q + 2 * kv + 4 * inner
+    products = 3 * hidden + 2 * q + 2 * kv + 2 * inner  # the block's input, and what its matrices and attention give
+    kept = {"none": everything, "selective": products, "full": hidden}[run.activation_checkpointing]
+    sent = 0
+    if run.context_parallel > 1:  # sent and received, once each; fewer key-value heads than ranks are copied
+        sent = 2 * (q + 2 * max(kv, run.context_parallel * config.head_dim))
+    return kept, everything - kept, 3 * inner + 2 * hidden + sent
+
+
+def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
+    """Of linear_cross_entropy: on CUDA a workspace and the head's gradient in fp32, on a CPU a chunk of logits and that
+    gradient where there are more chunks than one; the gradient of the hidden states."""
+    head, hidden = config.vocab_size * config.hidden_size, tokens * config.hidden_size * dtype.itemsize
+    if device == "cuda":
+        return hidden + 4 * head + CUDA_WORKSPACE
+    rows = min(tokens, max(CHUNK_ROWS, CACHE_BYTES // (config.vocab_size * dtype.itemsize)))
+    chunk = rows * (config.vocab_size * dtype.itemsize + config.hidden_size * (2 * dtype.itemsize + 4))
+    return hidden + chunk + (4 * head if tokens > rows else 0)
+
+
+def settle(recipe: Recipe, config: ModelConfig, world: World) -> tuple[Recipe, list[str]]:
+    """The recipe with `gather` decided, and what to tell of memory.
+
+    `auto` looks at the memory that a device has, not at what is free now, so that a run decides the same every time.
+
+    Raises:
+        InputError: weights, moments, gradients and gathered parameters alone are more than the device has.
+    """
+    total, free = (world.least(size) for size in device_memory(world))
+    options = max((stage.train for stage in recipe.stages), key=lambda train: train.context)
+    dtype = compute_dtype(recipe.run, world.device)
+    setting = Setting(recipe.run, world.size, options.context, options.packs_per_step, dtype, world.device.type)
+    if recipe.run.gather == "auto":
+        setting = replace(setting, run=replace(recipe.run, gather="step"))
+        if estimate(config, setting).total > USABLE * total:
+            setting = replace(setting, run=replace(recipe.run, gather="layer"))
+    found = estimate(config, setting)
+    where = "GPU" if world.device.type == "cuda" else "memory, shared by the ranks of this machine,"
+    lines = [f"memory: about {found}; gather = {setting.run.gather}"]
+    if found.total > USABLE * free:
+        lines.append(f"warning: the {where} has {free / GIB:,.1f} GiB free a rank; {remedies(config, setting, free)}")
+    if found.states > total:
+        raise InputError(
+            f"{recipe.path}: {found.states / GIB:,.1f} GiB of weights, moments and gradients do not fit: "
+            f"the {where} has {total / GIB:,.1f} GiB a rank; {remedies(config, setting, total)}"
+        )
+    return replace(recipe, run=setting.run), lines
+
+
+def device_memory(world: World) -> tuple[int, int]:
+    """Bytes that a rank can have, and that are free for it now: its GPU's, or its share of the machine's."""
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        return total, free
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (1024 * int(facts[key].split()[0]) for key in ("MemTotal", "MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total, free = min(total, int(text)), min(free, int(text))
+    return total // world.host_ranks, free // world.host_ranks
+
+
+def remedies(config: ModelConfig, setting: Setting, memory: int) -> str:
+    """The knobs that would make it fit, the cheapest first."""
+    fitting = []
+    for text, other in alternatives(config, setting):
+        size = estimate(config, other).total
+        if size <= USABLE * memory:
+            fitting.append(f"{text} ({size / GIB:,.1f} GiB)")
+            if "context" in text:  # the dearer ones come last: one of them is enough
+                break
+    if not fitting:
+        return "nothing here makes it fit: use more ranks or a smaller student"
+    return "it would fit with " + ", or ".join(fitting)
+
+
+def alternatives(config: ModelConfig, s: Setting) -> Iterator[tuple[str, Setting]]:
+    """Settings that need less memory, by what they cost."""
+    modes = ["none", "selective", "full"]
+    dearer = modes[modes.index(s.run.activation_checkpointing) + 1 :]
+    changes: list[dict[str, Any]] = [{"activation_checkpointing": mode} for mode in dearer]
+    if s.run.gather == "step":
+        changes = [{"gather": "layer"}, *changes, *({"gather": "layer"} | change for change in changes)]
+    least: dict[str, Any] = {"gather": "layer", "activation_checkpointing": "full"}
+    if s.run.replicas > 1:
+        least["replicas"] = 1
+        changes.append({"replicas": 1})
+    for count in range(s.run.context_parallel + 1, s.ranks + 1):
+        if s.ranks % count == 0 and context_parallel.shares(count, config) and s.context % count == 0:
+            changes.append(least | {"context_parallel": count})
+    for change in changes:
+        text = " ".join(f"run.{key}={value}" for key, value in change.items())
+        yield text, replace(s, run=replace(s.run, **change))
+    smaller = replace(s, run=replace(s.run, **least))
+    while smaller.context > 1024:
+        smaller = replace(smaller, context=smaller.context // 2)
+        knobs = " ".join(f"run.{key}={value}" for key, value in least.items())
+        yield f"{knobs} and documents of at most train.context={smaller.context}", smaller
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dasd_engine.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="Hugging Face directory; its config.json is enough")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--context", type=int, default=65536, help="tokens of a pack")
+    parser.add_argument("--packs", type=int, default=64, help="packs of a step over all ranks")
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--context-parallel", type=int, default=1)
+    parser.add_argument("--gib", type=float, default=79.6, help="memory of a device; an H100 has 79.6")
+    args = parser.parse_args()
+    config = read_config(args.model)
+    if args.ranks % args.replicas or args.ranks % args.context_parallel:
+        raise InputError(f"--replicas and --context-parallel must divide the {args.ranks} ranks")
+    context_parallel.check(args.context_parallel, config, [args.context])
+    row = "{:<7} {:<10} {:>8} {:>8} {:>9} {:>10} {:>12} {:>6} {:>6} {:>7}  {}"
+    names = ("gather", "recomputed", *Estimate.__dataclass_fields__)
+    print(f"GiB a rank of {args.ranks}, bf16 on CUDA, {args.packs} packs of {args.context:,} tokens a step")
+    print(row.format(*names[:-1], "total", ""))
+    for gather in ("step", "layer"):
+        for mode in ("none", "selective", "full"):
+            run = RunOptions(
+                gather=gather, activation_checkpointing=mode, replicas=args.replicas,
+                context_parallel=args.context_parallel,
+            )  # fmt: skip
+            found = estimate(config, Setting(run, args.ranks, args.context, args.packs, torch.bfloat16, "cuda"))
+            sizes = [f"{size / GIB:.1f}" for size in list(vars(found).values())[:-1]]
+            fits = found.total <= USABLE * args.gib * GIB
+            verdict = "fits" if fits else f"more than {USABLE:.0%} of {args.gib} GiB"
+            print(row.format(gather, mode, *sizes, f"{found.total / GIB:.1f}", verdict))
+
+
+if __name__ == "__main__":
+    run_cli(main)
