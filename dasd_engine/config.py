@@ -67,7 +67,9 @@ class RunOptions:
         "auto", "parameters gathered once a step (fastest) or a layer at a time (least memory); auto: once if it fits"
     )
     replicas: int = option(1, "HSDP: copies of the sharded model; ranks divide evenly among them")
-    context_parallel: int = option(1, "ranks that share a pack: each has a part of its tokens, and to attend of the heads")
+    context_parallel: int = option(
+        1, "ranks that share a pack: each a part of its tokens, and in attention a part of the heads"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
         "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
     )
@@ -92,7 +94,7 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    data: tuple[str, ...]
+    data: str
     train: TrainOptions
 
 
@@ -176,17 +178,9 @@ def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
         raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
     return Stage(
         name=typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
-        data=_data(stage["data"], f"{path}: {where}.data"),
+        data=typed(stage["data"], str, f"{path}: {where}.data"),
         train=build(TrainOptions, {**train, **own}, path, where),
     )
-
-
-def _data(value: Any, where: str) -> tuple[str, ...]:
-    """One path or several."""
-    paths = typed(value, tuple[str, ...], where) if isinstance(value, list) else (typed(value, str, where),)
-    if not paths:
-        raise InputError(f"{where} is empty; name files, or directories made by dasd_engine.prepare")
-    return paths
 
 
 def _check(recipe: Recipe) -> None:
@@ -305,7 +299,6 @@ def describe() -> str:
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
         "  name, data                         data: JSONL, Parquet, a hub data set, or shards of dasd_engine.prepare",
-        "                                     (a directory of them too); one, or a list of several",
     ]
     return "\n".join(lines)
 

@@ -22,10 +22,10 @@ from dasd_engine.distributed import World, compute_dtype
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.model import Decoder
 from dasd_engine.model_config import ModelConfig, read_config
-from dasd_kernels.cpu import CACHE_BYTES, CHUNK_ROWS
 
 GIB = 2**30
-CUDA_WORKSPACE = 1 << 30  # dasd_kernels.triton_ce.WORKSPACE, which only imports where Triton is
+CUDA_CHUNK = 1 << 30  # logits of the loss: dasd_kernels.triton_ce.WORKSPACE
+CPU_ROWS = 1024  # tokens of a chunk of logits on a CPU, about
 USABLE = 0.92  # of a device's memory: the rest is the allocator's gaps, the context of CUDA and of NCCL
 
 
@@ -122,8 +122,8 @@ def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str
     gradient where there are more chunks than one; the gradient of the hidden states."""
     head, hidden = config.vocab_size * config.hidden_size, tokens * config.hidden_size * dtype.itemsize
     if device == "cuda":
-        return hidden + 4 * head + CUDA_WORKSPACE
-    rows = min(tokens, max(CHUNK_ROWS, CACHE_BYTES // (config.vocab_size * dtype.itemsize)))
+        return hidden + 4 * head + CUDA_CHUNK
+    rows = min(tokens, CPU_ROWS)
     chunk = rows * (config.vocab_size * dtype.itemsize + config.hidden_size * (2 * dtype.itemsize + 4))
     return hidden + chunk + (4 * head if tokens > rows else 0)
 
