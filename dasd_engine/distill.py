@@ -228,8 +228,8 @@ def print_summary(run: Run, known: dict[str, State]) -> None:
         manifest = read_json(run.out / stage.name / MANIFEST)
         seconds = (run.record(stage) or {}).get("seconds") or manifest.get("wall_seconds", 0.0)
         rows_in, rows_out, tokens = _figures(stage.kind, manifest["counts"])
-        report = manifest.get("report")
-        shown = f"{100 * report['pass_at_1']:.1f} %" if report else ""
+        reports = manifest.get("reports")
+        shown = f"{100 * reports[0]['pass_at_1']:.1f} %" if reports else ""
         table.add_row(stage.name, f"{rows_in:,}", f"{rows_out:,}", f"{tokens:,}", _duration(seconds), shown)
     _print(table)
     exports = [run.out / f"train-{name}" / "export" / name for name in ("mixed", "high", "low")]

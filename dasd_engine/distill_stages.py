@@ -15,24 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from dasd_engine.chat import Chat
 from dasd_engine.distill_config import TRAINED, DistillRecipe
 from dasd_engine.errors import InputError
-from dasd_engine.evaluate import read_problems, respond, summarize
-from dasd_engine.hf import load_model
+from dasd_engine.evaluate import evaluate
 from dasd_engine.mix import mix
 from dasd_engine.prepare import prepare
-from dasd_engine.questions import identify, spread
-from dasd_engine.records import MANIFEST, OutputDirectory, write_json, write_rows
+from dasd_engine.questions import identify
+from dasd_engine.records import MANIFEST, write_json
 from dasd_engine.sample import sample
 from dasd_engine.score import score
 from dasd_engine.select import select
 from dasd_engine.shards import hash_file
-from dasd_engine.teachers import identify_teacher
+from dasd_engine.teachers import TeacherOptions, identify_teacher
 
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "chat_template.jinja", "*.safetensors")  # fmt: skip
@@ -242,32 +238,17 @@ def _evaluate(recipe: DistillRecipe, name: str) -> Stage:
         return {"problems": hash_file(problems), **model}
 
     def run(quiet: bool) -> None:
-        evaluate(recipe, name, quiet)
+        model = TeacherOptions(
+            path=str(export_of(recipe, name)), dtype=compute_dtype(recipe) or "auto", batch_size=128,
+            threads=recipe.run.threads,
+        )  # fmt: skip
+        evaluate(
+            model, str(problems), recipe.out / f"evaluate-{name}", progress=not quiet, samples=e.samples,
+            temperatures=(e.temperature,), max_new_tokens=e.max_new_tokens, seed=recipe.seed, limit=e.limit or None,
+            system=recipe.system,
+        )  # fmt: skip
 
     return Stage(f"evaluate-{name}", () if name == "student" else (f"train-{name}",), files, parameters, run)
-
-
-def evaluate(recipe: DistillRecipe, name: str, quiet: bool) -> None:
-    """Measure the student before training, or as a stage has left it."""
-    e, model_dir, out = recipe.evaluate, export_of(recipe, name), recipe.out / f"evaluate-{name}"
-    asked = {"command": "evaluate", "model": hash_model(model_dir), "parameters": {**asdict(e), "seed": recipe.seed}}
-    with OutputDirectory(out, asked) as output:
-        if output.manifest is not None:
-            return
-        started = time.monotonic()
-        problems = spread(read_problems(recipe.resolve(e.problems)), e.limit or None)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = compute_dtype(recipe) or ("bf16" if device == "cuda" else "fp32")
-        model = load_model(model_dir, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device=device)
-        responses = respond(
-            model, Chat.load(model_dir), problems, samples=e.samples, temperature=e.temperature, top_p=1.0,
-            max_new_tokens=e.max_new_tokens, seed=recipe.seed, system=recipe.system, batch_size=128,
-            progress=not quiet,
-        )  # fmt: skip
-        report = summarize(responses, e.samples, time.monotonic() - started)
-        write_rows(out / "responses.jsonl", (asdict(response) for response in responses))
-        counts = {"problems": report.count, "responses": len(responses), "tokens": sum(r.length for r in responses)}
-        output.finish({"report": {k: v for k, v in asdict(report).items() if k != "seconds"}, "counts": counts})
 
 
 # ---------------------------------------------------------------------------------------------- processes and hashes
@@ -308,7 +289,7 @@ def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def compute_dtype(recipe: DistillRecipe) -> str | None:
+def compute_dtype(recipe: DistillRecipe) -> Literal["bf16", "fp32"] | None:
     """The dtype of score, mix and evaluate: theirs by the device where the recipe says "auto"."""
     return None if recipe.run.compute == "auto" else recipe.run.compute
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasd_engine.errors import InputError
-from dasd_engine.evaluate import final_answer, is_right
+from dasd_engine.problems import final_answer, is_right
 
 REASONS = {  # in the order in which they are asked: a response is counted under the first that applies
     "not_text": "not valid Unicode",

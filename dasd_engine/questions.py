@@ -165,19 +165,24 @@ def parse_gym(name: str) -> Gym:
     return Gym(task, count, seed)
 
 
-def _make(gym: Gym) -> Iterator[tuple[Question, str]]:
+def gym_dataset(gym: Gym) -> Any:
+    """reasoning-gym's dataset: entries by index, and `score_answer`. InputError where it, or the task, is not there."""
     name = f"{GYM}{gym.task}:{gym.count}:{gym.seed}"
     try:
         import reasoning_gym
     except ImportError:
         raise InputError(f"{name}: needs the extra: pip install 'dasd-engine[tasks]'") from None
     try:
-        problems = reasoning_gym.create_dataset(gym.task, size=gym.count, seed=gym.seed)
+        return reasoning_gym.create_dataset(gym.task, size=gym.count, seed=gym.seed)
     except ValueError as error:
         raise InputError(f"{name}: reasoning-gym has no such task ({error})") from error
+
+
+def _make(gym: Gym) -> Iterator[tuple[Question, str]]:
+    problems = gym_dataset(gym)
     for index in range(gym.count):
         problem = problems[index]
         answer = problem["answer"]
         messages = [{"role": "user", "content": problem["question"]}]
-        id = f"{gym.task}-{gym.seed}-{index}"
-        yield Question(id, messages, None if answer is None else str(answer), gym.task), f"{name}, problem {index}"
+        id, place = f"{gym.task}-{gym.seed}-{index}", f"{GYM}{gym.task}:{gym.count}:{gym.seed}, problem {index}"
+        yield Question(id, messages, None if answer is None else str(answer), gym.task), place

@@ -1,7 +1,8 @@
 """What surrounds the training loop: the run directory, its lock and records, signals, evaluation, the text printed.
 
 A run directory holds `recipe.json` and `run.json` (what ran, with which versions), `data/` (prepared shards),
-`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/<stage>/` (Hugging Face directories) and `evaluation.json`.
+`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `export/<stage>/` (Hugging Face directories), `evaluation.json`, and
+what was answered in `evaluation-<label>.jsonl`.
 """
 
 import contextlib
@@ -23,18 +24,22 @@ from types import FrameType, TracebackType
 
 import torch
 
-from dasd_engine.chat import Chat
 from dasd_engine.checkpoint import Progress
 from dasd_engine.config import Recipe
 from dasd_engine.distributed import World, compute_dtype
 from dasd_engine.errors import InputError
-from dasd_engine.evaluate import evaluate
+from dasd_engine.evaluate import EvalOptions, ask
+from dasd_engine.evaluate import read as read_problems
+from dasd_engine.evaluation_report import summarize
 from dasd_engine.hf import init_weights, load_model, read_config
 from dasd_engine.metrics import Display
 from dasd_engine.model import Decoder, ModelConfig
 from dasd_engine.plan import StagePlan
 from dasd_engine.prepare import prepare
+from dasd_engine.records import write_rows
 from dasd_engine.shards import Shards
+from dasd_engine.teacher_local import LocalTeacher
+from dasd_engine.teachers import TeacherOptions
 
 _RESULTS = (
     "data",
@@ -43,6 +48,8 @@ _RESULTS = (
     "tensorboard",
     "metrics.jsonl",
     "evaluation.json",
+    "evaluation-before.jsonl",
+    "evaluation-after.jsonl",
     "nonfinite.json",
     "recipe.json",
     "run.json",
@@ -175,18 +182,22 @@ def evaluate_student(recipe: Recipe, directory: Path | None, label: str, world: 
         else:
             model = load_model(directory or source)
         model.to(world.device)
-        report = evaluate(
-            model, Chat.load(source), recipe.resolve(o.problems), samples=o.samples, temperature=o.temperature,
-            max_new_tokens=o.max_new_tokens, seed=recipe.seed, limit=o.limit or None,
+        asked = EvalOptions(
+            samples=o.samples, temperatures=(o.temperature,), max_new_tokens=o.max_new_tokens, seed=recipe.seed,
+            limit=o.limit or None,
         )  # fmt: skip
-        results[label] = asdict(report)
+        problems = read_problems([str(recipe.resolve(o.problems))], asked)
+        with contextlib.closing(LocalTeacher(TeacherOptions(path=str(source), batch_size=128), model)) as student:
+            responses = ask(student, problems, asked)
+        results[label] = asdict(summarize(responses)[0])
+        write_rows(recipe.out / f"evaluation-{label}.jsonl", map(asdict, responses))
         path.write_text(json.dumps(results, indent=1) + "\n")
         display.say(f"{label} training: {_score(results[label])}")
     world.barrier()
 
 
 def _score(result: dict) -> str:
-    tasks = ", ".join(f"{task} {100 * share:.0f} %" for task, share in sorted(result["by_task"].items()))
+    tasks = ", ".join(f"{task} {100 * score['pass_at_1']:.0f} %" for task, score in sorted(result["by_task"].items()))
     return f"pass@1 {100 * result['pass_at_1']:.1f} % of {result['count']} held-out problems ({tasks})"
 
 

@@ -9,6 +9,7 @@ from dasd_engine.draw import How
 from dasd_engine.errors import InputError
 from dasd_engine.generate import Generation, Prompt, generate_stream
 from dasd_engine.hf import load_model
+from dasd_engine.model import Decoder
 from dasd_engine.teachers import Failed, Prepared, Request, Sampled, TeacherChat, TeacherOptions, name_and_revision
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -17,7 +18,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class LocalTeacher:
     """The same request gets the same response in any batch; `batch_size` of them run together."""
 
-    def __init__(self, options: TeacherOptions):
+    def __init__(self, options: TeacherOptions, model: Decoder | None = None):
+        """`model`: in place of the directory's weights; it is asked where it lies, in its own dtype."""
         if options.batch_size < 1:
             raise InputError(f"batch_size = {options.batch_size}: must be at least 1")
         if options.threads:
@@ -25,9 +27,11 @@ class LocalTeacher:
         self.name, self.revision = name_and_revision(options)
         self._chat = TeacherChat(options.path)
         self._batch_size = options.batch_size
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = options.dtype if options.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
-        self._model = load_model(options.path, dtype=_DTYPES[dtype], device=device)
+        if model is None:
+            device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            dtype = options.dtype if options.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
+            model = load_model(options.path, dtype=_DTYPES[dtype], device=device)
+        self._model = model
         self._longest = self._model.config.max_position_embeddings
 
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Sampled | Failed]]:

@@ -73,7 +73,7 @@ def test_every_stage_works_on_what_the_one_before_has_made(finished):
     assert counts["mixed"] == sum("prefix" in row for row in mixed) > 1
     assert len(Shards.open(out / "prepare-mixed")) == len(mixed)
     for name in ("student", "low", "high", "mixed"):
-        report = manifest(out, f"evaluate-{name}")["report"]
+        (report,) = manifest(out, f"evaluate-{name}")["reports"]
         judged = [row["correct"] for row in rows(out / f"evaluate-{name}" / "responses.jsonl")]
         assert len(judged) == 8 and report["pass_at_1"] == sum(judged) / 8
 

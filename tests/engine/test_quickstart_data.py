@@ -12,8 +12,8 @@ import pytest
 
 from dasd_engine.chat import Chat
 from dasd_engine.config import load_recipe
-from dasd_engine.evaluate import final_answer, is_right, read_problems
 from dasd_engine.model_config import read_config
+from dasd_engine.problems import final_answer, is_right, read_problems
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FOLDER = RECIPES / "quickstart"
@@ -170,7 +170,7 @@ def test_the_recipe_names_files_that_exist():
     assert [stage.name for stage in recipe.stages] == ["low", "high"]
     for path in (recipe.model.path, recipe.evaluate.problems, *(stage.data for stage in recipe.stages)):
         assert recipe.resolve(path).exists(), path
-    assert len(read_problems(recipe.resolve(recipe.evaluate.problems))) >= 100
+    assert len(read_problems([str(recipe.resolve(recipe.evaluate.problems))])) >= 100
 
 
 def test_the_script_makes_these_files(tmp_path, monkeypatch):
