@@ -23,11 +23,12 @@ FREE = "ours, fastest"
 POLICIES = {
     FREE: "as ours, and several ranks share a pack (cp) where that is faster; below only where ranks outnumber packs",
     "ours": "dearest pack to the rank with the least to do (LPT); ranks meet once a step",
+    "ours, by layer": "the step's packs sorted by cost and dealt in turn; ranks meet every micro-step (gather = layer)",
     "random, once": "packs as they come, equally many a rank; ranks meet once a step",
-    "random": "packs as they come; ranks meet every micro-step, as with gathers a layer",
+    "random": "packs as they come; ranks meet every micro-step",
     "length-sorted": "packs of all data sorted by cost, so that a step's are alike; ranks meet every micro-step",
 }
-EVERY_MICRO_STEP = ("random", "length-sorted")
+EVERY_MICRO_STEP = ("ours, by layer", "random", "length-sorted")
 Recompute = Literal["none", "selective", "full"]
 Gather = Literal["step", "layer"]
 
@@ -128,6 +129,8 @@ def deal(policy: str, plan: PackPlan, cost: np.ndarray) -> tuple[np.ndarray, np.
     if policy == "length-sorted":
         order = np.argsort(np.argsort(cost, kind="stable"))
         step, place = step[order], place[order]
+    if policy == "ours, by layer":
+        place[np.lexsort((-cost, step))] = place.copy()
     return step, place // plan.ranks * (policy in EVERY_MICRO_STEP), place % plan.ranks
 
 

@@ -9,6 +9,7 @@ to measured peaks stands in docs/training.md.
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,9 +163,12 @@ def device_memory(world: World) -> tuple[int, int]:
     if world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(world.device)
         return total, free
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (1024 * int(facts[key].split()[0]) for key in ("MemTotal", "MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists():
+        facts = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        total, free = (1024 * int(facts[key].split()[0]) for key in ("MemTotal", "MemAvailable"))
+    else:  # macOS does not say what is free
+        total = free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total, free = min(total, int(text)), min(free, int(text))
     return total // world.host_ranks, free // world.host_ranks

@@ -9,6 +9,7 @@ import pytest
 
 from bench.cluster import document_lengths, main, qwen3_4b
 from bench.cluster_model import (
+    EVERY_MICRO_STEP,
     FREE,
     POLICIES,
     Layout,
@@ -45,7 +46,7 @@ def test_every_pack_is_computed_once(epoch, policy):
     assert np.array_equal(np.bincount(step), sizes) and rank.max() < RANKS
     loads = loads_of(policy, epoch.plan, epoch.plan.cost)
     assert loads.sum() == pytest.approx(epoch.plan.cost.sum())
-    meetings = PACKS // RANKS if policy in ("random", "length-sorted") else 1
+    meetings = PACKS // RANKS if policy in EVERY_MICRO_STEP else 1
     assert loads.shape[1] == meetings == meeting.max() + 1
 
 
@@ -54,6 +55,7 @@ def test_dealing_by_cost_balances(epoch):
     balance = {name: run_epoch(name, qwen3_4b(), 4 * 10**9, epoch, layout, rates).balance for name in POLICIES}
     assert balance["ours"] == balance[FREE] > 0.95
     assert balance["ours"] > balance["random, once"] > balance["random"]
+    assert balance["ours"] > balance["ours, by layer"] > balance["random"]
 
 
 def test_one_rank_has_no_bubble(epoch):
