@@ -16,7 +16,7 @@ conversation becomes several documents: `documents` starts a new one exactly whe
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -141,21 +141,28 @@ class Chat:
         return ids.tolist(), spans
 
     def documents(
-        self, messages: Sequence[Message], *, system: str = DEFAULT_SYSTEM, prefix: Prefix | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        system: str = DEFAULT_SYSTEM,
+        prefix: Prefix | None = None,
+        untrained: Collection[int] = (),
     ) -> list[Document]:
         """A conversation as documents in which every assistant turn is trained exactly once.
 
         Each is (ids uint32 [n], spans); in front of a span stand the ids that inference would feed. What follows the
-        last assistant turn is left out. `prefix`: the front of the last assistant turn, see Prefix. Raises InputError
-        naming the message when a response cannot be trained.
+        last assistant turn is left out. `prefix`: the front of the last assistant turn, see Prefix. `untrained`:
+        indices of messages that are read, not trained. Raises InputError naming the message when a response cannot be
+        trained.
         """
-        messages = with_system(messages, system)
+        given, messages = len(messages), with_system(messages, system)
+        added = len(messages) - given
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         done: list[Document] = []
         text, ids = "", np.zeros(0, dtype=np.uint32)
         spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index - added in untrained:
                 continue
             prompt = self.render(messages[:index], add_generation_prompt=True)
             extends = bool(text) and prompt.startswith(text)
@@ -172,13 +179,13 @@ class Chat:
             opened = len(message["content"]) - len(response)  # characters that the prompt has already
             response += self._end_space
             body, merged = self._encode_response(tail, tail_ids, response)
-            untrained = 0
+            written = 0  # tokens of the prefix that are not trained
             if prefix is not None and index == last:
-                body, untrained = self._encode_continued(tail, tail_ids, response, message["content"], opened, prefix)
+                body, written = self._encode_continued(tail, tail_ids, response, message["content"], opened, prefix)
             if np.isin(body, list(self.stop_ids)).any():
                 raise InputError(f"messages[{index}].content: contains a token that ends a turn; remove it")
             ids = np.concatenate([head, body, np.array([self._end_id], dtype=np.uint32)])
-            spans = [*spans, (len(head) + untrained, len(ids))]
+            spans = [*spans, (len(head) + written, len(ids))]
             # Where prompt and response merge, the history's ids are others than ours: nothing can extend this.
             text = "" if merged else prompt + response + self.end_of_turn.lstrip()
         if not spans:

@@ -39,6 +39,7 @@ from dasd_engine.mix_sampling import CONTINUATIONS, DTYPES, ROLLOUTS, MixOptions
 from dasd_engine.mixed_policy import MARKERS, hash_uniform, join, token_cap
 from dasd_engine.records import OutputDirectory, write_rows
 from dasd_engine.shards import hash_file
+from dasd_engine.sources import as_context
 from dasd_engine.teachers import TeacherOptions, identify_teacher, parse_teacher
 
 DROPPED, MIXED = "dropped.jsonl", "mixed.jsonl"
@@ -159,7 +160,9 @@ class _Assembly:
         def tokens(output: str) -> int:
             written = Prefix(prefix, rollout["prefix_ids"]) if output.startswith(prefix) else None
             messages = [*task.messages, {"role": "assistant", "content": output}]
-            return max(len(ids) for ids, _ in self.chat.documents(messages, system=o.system, prefix=written))
+            untrained = range(len(task.messages))
+            documents = self.chat.documents(messages, system=o.system, prefix=written, untrained=untrained)
+            return len(documents[-1][0])
 
         text = join(prefix, continuation["text"], markers=o.markers, instructed=o.continuation == "instruct")
         output, drop = examine(
@@ -178,7 +181,7 @@ class _Assembly:
     def _row(
         self, task: Task, output: str, rollout: dict[str, Any], continuation: dict[str, Any]
     ) -> dict[str, Any]:  # fmt: skip
-        said: dict[str, Any] = {"messages": [*task.messages, {"role": "assistant", "content": output}]}
+        said: dict[str, Any] = {"messages": [*as_context(task.messages), {"role": "assistant", "content": output}]}
         if len(task.messages) == 1 and task.messages[0]["role"] == "user":
             said = {"input": task.messages[0]["content"], "output": output}
         meta = {

@@ -152,7 +152,8 @@ class Preparer:
     ) -> tuple[npt.NDArray[np.uint32], Span, Tokens]:
         """The document's ids, the response's tokens in it, and where those lie in `output`, of `size` bytes."""
         try:
-            documents = self.chat.documents([*messages, {"role": "assistant", "content": output}], system=self.system)
+            said = [*messages, {"role": "assistant", "content": output}]
+            documents = self.chat.documents(said, system=self.system, untrained=range(len(messages)))
             prompt = self.chat.render(with_system(messages, self.system), add_generation_prompt=True)
             response = response_text(output, prompt, len(messages))
         except InputError as error:

@@ -13,6 +13,7 @@ A row has one of three shapes; `uuid`, `domain` and `meta` are kept beside any o
     {"uuid": "...", "input": "...", "output": "<think>...</think>...", "domain": "...", "meta": "..."}
     {"prompt": "..." or [messages], "completion": "..." or [messages]}
 
+Of `messages`, an assistant's with `"weight": 0` is read and not trained, as in OpenAI's fine-tuning files.
 Nothing here holds more than a batch of rows in memory. Whatever is wrong is an InputError.
 """
 
@@ -78,6 +79,7 @@ class Row:
     meta: dict[str, Any]  # uuid, domain, meta, as far as the row has them
     prefix: str | None = None
     prefix_ids: list[int] | None = None
+    untrained: tuple[int, ...] = ()  # indices of assistant messages with the weight 0
 
 
 def find_sources(names: Iterable[str | os.PathLike[str]]) -> list[Source]:
@@ -136,8 +138,7 @@ def parse_row(data: bytes | dict[str, Any]) -> Row:
     """Turn a raw line or a Parquet row into messages. InputError names the field, not the file."""
     row = data if isinstance(data, dict) else _parse_json(data)
     if row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages")
-        prefix = _prefix(row)
+        messages, prefix = _messages(row["messages"], "messages"), _prefix(row)
         if row.get("tools"):
             raise InputError("tools: tool definitions are not supported; remove the field, or the row")
     elif "output" in row or "input" in row:
@@ -148,7 +149,13 @@ def parse_row(data: bytes | dict[str, Any]) -> Row:
         prefix = None, None  # other data sets have columns of that name
     else:
         raise InputError(f"has the fields {_names(row)}; expected {SHAPES}")
-    return Row(messages, {key: row[key] for key in KEPT if row.get(key) is not None}, *prefix)
+    meta = {key: row[key] for key in KEPT if row.get(key) is not None}
+    return Row(messages, meta, *prefix, untrained=_untrained(row.get("messages") or []))
+
+
+def as_context(messages: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
+    """Messages for a row whose later turns alone are trained."""
+    return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -293,6 +300,15 @@ def _message(value: Any, field: str) -> dict[str, str]:
     if isinstance(content, list):  # [{"type": "text", "text": "..."}]
         content = "".join(_text_part(part, f"{field}.content[{index}]") for index, part in enumerate(content))
     return {"role": role, "content": _text(content, f"{field}.content")}
+
+
+def _untrained(messages: list[Any]) -> tuple[int, ...]:
+    """Indices of the messages with "weight": 0."""
+    weights = [message.get("weight") for message in messages]
+    for index, weight in enumerate(weights):
+        if weight not in (None, 0, 1):
+            raise InputError(f"messages[{index}].weight: is {weight!r}, expected 0 or 1")
+    return tuple(index for index, weight in enumerate(weights) if weight == 0)
 
 
 def _text_part(part: Any, field: str) -> str:

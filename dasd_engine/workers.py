@@ -56,7 +56,7 @@ def encode_batch(chat: Chat, task: Task, batch: Batch) -> Result:
         try:
             row = parse_row(data)
             prefix = Prefix(row.prefix, row.prefix_ids, trained=not task.mask_prefix) if row.prefix else None
-            documents = chat.documents(row.messages, system=task.system, prefix=prefix)
+            documents = chat.documents(row.messages, system=task.system, prefix=prefix, untrained=row.untrained)
         except InputError as error:
             result.bad.append((line, str(error)))
             continue

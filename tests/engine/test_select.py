@@ -396,6 +396,12 @@ def test_prepare_reads_the_choice(tmp_path):
         chat.tokenizer.decode(shards.tokens[begin:end].tolist(), skip_special_tokens=False)
         for begin, end in itertools.pairwise(shards.offsets.tolist())
     ]
+    trained = {}
+    for document, begin, end in shards.loss_spans.tolist():
+        ids = shards.tokens[shards.offsets[document] + begin : shards.offsets[document] + end]
+        trained.setdefault(document, []).append(chat.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+    said = "<think>Two.</think>4.<|im_end|>"
+    assert trained == {0: [said], 1: [said]}  # not "Hello.", which the teacher has not said
     assert texts[0].endswith("What is a?<|im_end|>\n<|im_start|>assistant\n<think>Two.</think>4.<|im_end|>")
     assert texts[-1].endswith("2+2?<|im_end|>\n<|im_start|>assistant\n<think>Two.</think>4.<|im_end|>")
     assert (shards.meta(0)["uuid"], shards.meta(0)["domain"]) == ("a", "sums")

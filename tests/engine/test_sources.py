@@ -11,7 +11,7 @@ from chats import assistant, system, user
 
 from dasd_engine import sources
 from dasd_engine.errors import InputError
-from dasd_engine.sources import find_sources, parse_row, read_batches
+from dasd_engine.sources import as_context, find_sources, parse_row, read_batches
 
 ROWS = [{"uuid": f"u{i}", "input": f"question {i}", "output": f"<think>é</think>answer {i}"} for i in range(100)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -184,6 +184,15 @@ def test_row_shapes(row, messages):
     assert parse_row(json.dumps(row).encode()).messages == messages
 
 
+def test_turns_of_weight_0_are_not_trained():
+    turns = [user("Q"), assistant("A"), user("R")]
+    row = {"messages": [*as_context(turns), assistant("B")]}
+    assert parse_row(row).messages == [*turns, assistant("B")]
+    assert parse_row(row).untrained == (1,)
+    row["messages"][3] = {**assistant("B"), "weight": 1}
+    assert parse_row(row).untrained == (1,)
+
+
 def test_what_is_kept_of_a_row():
     row = {"uuid": "u", "input": "Q", "output": " A\n", "domain": "math", "meta": '{"answer": "1"}', "other": 3}
     parsed = parse_row(row)
@@ -203,6 +212,7 @@ def test_what_is_kept_of_a_row():
         (b"{}", r"has the fields \(none\); expected"),
         (b'{"input": "Q"}', "output: is missing; the row has input"),
         (b'{"output": "A"}', "input: is missing; the row has output"),
+        (b'{"messages": [{"role": "user", "content": "Q", "weight": 2}]}', r"s\[0\].weight: is 2, expected 0 or 1"),
         (b'{"prompt": "Q"}', "completion: is missing"),
         (b'{"input": "Q", "output": null}', "output: is missing or null, expected a string"),
         (b'{"input": 3, "output": "A"}', "input: is a number, expected a string"),
