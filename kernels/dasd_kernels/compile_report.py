@@ -1,4 +1,5 @@
 """Compiles every Triton kernel ahead of time, no GPU needed, and checks what came out against what is promised.
+The CUDA kernels of csrc/packing are read from the module that nvcc made of them, where there is one.
 
     python -m dasd_kernels.compile_report [--arch sm_90 ...] [--only TEXT] [--json]
 
@@ -17,7 +18,8 @@ Then the work of whole calls, counted from the tiles, beside the least that any 
 
 Promises: no stack and no spills, shared memory within the limit; in the products' inner loop this generation's
 tensor-core instruction (HMMA, HGMMA, UTCHMMA, v_mfma) alone, and no global load under 128 bits except where strides or
-alignment ("unaligned") rule them out. Exits 1 where one is broken. Nothing here is a time.
+alignment ("unaligned") rule them out; in the CUDA kernels loads of 16 bytes, but for rows whose size is no multiple
+of that. Exits 1 where one is broken. Nothing here is a time.
 """
 
 import argparse
@@ -34,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dasd_kernels import triton_kl, triton_rows, triton_score
+from dasd_kernels import cuda_report, triton_kl, triton_rows, triton_score
 from dasd_kernels.machine_code import PRODUCTS, TMA, Machine, read_gcn, read_sass
 from dasd_kernels.triton_ce import WORKSPACE, chunk_rows
 
@@ -312,9 +314,24 @@ def table(head: tuple[str, ...], cells: list[tuple[Any, ...]], ends: list[str]) 
 def report(archs: list[str], only: str = "") -> list[Facts]:
     """Facts of the cases whose "kernel type options" contains `only`; a process a CPU."""
     wanted = [c for arch in archs for c in cases(arch) if only in f"{c.kernel} {c.dtype} {c.options}"]
+    if not wanted:
+        return []
     workers = max(1, min(len(wanted), os.cpu_count() or 1))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return pool.map(compile_case, wanted, chunksize=1)
+
+
+def cuda_kernels(archs: list[str], only: str = "") -> list[Facts]:
+    """Facts of the kernels in the compiled CUDA part; none where the package was built without nvcc."""
+    found, module = [], cuda_report.module()
+    for arch in (a for a in archs if module and a.startswith("sm_")):
+        for name, machine in cuda_report.read_module(module, arch).items():
+            kernel, option = cuda_report.short(name)
+            facts = Facts(arch, kernel, "cuda", option, "", machine.regs, machine.stack, machine.spill, machine.shared)
+            facts.loads, facts.broken = str(max(machine.loads, default="")), cuda_report.broken(name, machine)
+            if only in f"{kernel} cuda {option}":
+                found.append(facts)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -326,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
-    found = report(options.arch, options.only)
+    found = report(options.arch, options.only) + cuda_kernels(options.arch, options.only)
     if options.json:
         json.dump([asdict(f) for f in found], sys.stdout, indent=1)
     else:

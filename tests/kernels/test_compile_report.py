@@ -97,3 +97,26 @@ def test_the_work_of_a_call_is_near_the_floor():
     assert divergence.floor == 2 * score.floor
     assert all(1 < w.tflop / w.floor < 1.005 for w in (score, train, divergence))
     assert score.least_gb == pytest.approx(2e-9 * d * (n + v)) and score.memory_gb < train.memory_gb
+
+
+def test_cuda_kernels_load_sixteen_bytes_and_spill_nothing():
+    """Where nvcc built them; what is printed is read from the module that is shipped."""
+    if report.cuda_report.module() is None:
+        pytest.skip("the package was built without nvcc (DASD_CUDA)")
+    facts = report.cuda_kernels(["sm_80", "sm_90", "sm_100", "gfx942"])
+    assert len(facts) == 15 and {f.kernel for f in facts} == set(report.cuda_report.KERNELS)
+    assert not any(f.broken for f in facts) and all(0 < f.regs <= 64 for f in facts)
+    assert {f.loads for f in facts if f.options != "4 bytes"} == {"128"}
+    (packs,) = report.cuda_kernels(["sm_90"], "write_packs")
+    assert packs.arch == "sm_90" and packs.stack == packs.spill == packs.shared == 0
+
+
+def test_broken_promises_of_cuda_kernels_are_found():
+    from dasd_kernels.machine_code import Machine
+
+    narrow = Machine(40, 0, 0, 0, (), (32, 64), (), 0)
+    name = "_ZN4dasd11gather_rowsINS_4LineEEEvPKT_PKllPS3_"
+    assert report.cuda_report.broken(name, narrow) == ["global loads of at most 64 bits, not 128"]
+    assert report.cuda_report.broken("_ZN4dasd11gather_rowsIjEEv", replace(narrow, stack=8, spill=2)) == [
+        "spills: 8 bytes of stack, 2 accesses"
+    ]
