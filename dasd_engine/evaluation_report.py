@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -58,6 +59,12 @@ class EvalReport(Score):
     by_task: dict[str, Score]
     failed: dict[str, int]  # requests without a response, by reason
     scorer_errors: dict[str, int]  # by task and what was raised
+
+
+def as_report(value: dict[str, Any]) -> EvalReport:
+    """A report that was written as JSON. TypeError, KeyError or AttributeError for what is none."""
+    tasks = {task: Score(**{**score, "interval": tuple(score["interval"])}) for task, score in value["by_task"].items()}
+    return EvalReport(**{**value, "interval": tuple(value["interval"]), "by_task": tasks})
 
 
 def summarize(responses: Sequence[Response]) -> list[EvalReport]:

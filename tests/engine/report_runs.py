@@ -1,0 +1,69 @@
+"""Run directories for the tests of the report: the files that train and distill leave, without the training."""
+
+import json
+import math
+from pathlib import Path
+
+from dasd_engine.evaluation_report import Response, summarize
+
+HOSTILE = "</script><script>window.hacked = 1</script><!-- <b>&amp;\u2028 $\\frac{1}{2}$ 🙂"
+
+
+def write_metrics(path: Path, stages: dict[str, int]) -> Path:
+    """`path`/metrics.jsonl of so many steps a stage; the loss of step n is 8/√n, but 99 at step 7 of each stage."""
+    path.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for stage, steps in stages.items():
+        for n in range(1, steps + 1):
+            lines.append(json.dumps({
+                "step": len(lines) + 1, "stage": stage, "epoch": 0, "stage_step": n,
+                "loss": 99.0 if n == 7 else 8 / math.sqrt(n), "grad_norm": 1.0, "lr": 1e-3 * (1 - n / (steps + 1)),
+                "tokens": 500, "trained_tokens": 300, "tokens_per_s": 5000.0, "trained_tokens_per_s": 3000.0,
+                "mfu": 0.4, "fill": 0.95, "balance": 0.99, "step_s": 0.1,
+            }))  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_train_run(path: Path, steps: int = 20) -> Path:
+    """A finished run of train: two stages, its facts, answers before and after."""
+    write_metrics(path, {"low": steps, "high": steps // 2})
+    (path / "recipe.json").write_text(json.dumps({"seed": 3, "model": {"path": "student"}}))
+    (path / "run.json").write_text(json.dumps({"ranks": 2, "device": "cpu", "versions": {"torch": "2.13"}}))
+    (path / "export" / "low").mkdir(parents=True)
+    reports = {}
+    for label in ("before", "after"):
+        rows = [response(f"q{i}", label == "after" and i > 0, f"{HOSTILE} {label}") for i in range(20)]
+        (path / f"evaluation-{label}.jsonl").write_text("".join(json.dumps(vars(r)) + "\n" for r in rows))
+        (report,) = summarize(rows)
+        reports[label] = {**vars(report), "by_task": {task: vars(score) for task, score in report.by_task.items()}}
+    (path / "evaluation.json").write_text(json.dumps(reports))
+    return path
+
+
+def response(id: str, correct: bool, output: str) -> Response:
+    return Response(id, "sums", 1.0, 0, f"{HOSTILE} {id}", "2", correct, "stop", 9, output)
+
+
+def write_scored_run(path: Path, questions: int, sentences: int) -> Path:
+    """A distillation that has scored: two candidates a question, each of so many sentences of 60 characters."""
+    (path / "sample").mkdir(parents=True)
+    (path / "score").mkdir()
+    candidates, scores = [], []
+    for q in range(questions):
+        for number in range(2):
+            head = {"id": f"q{q}", "candidate": number, "temperature": 1.0}
+            parts = [f"{HOSTILE[:20]} {q} {number} {i}".ljust(59, ".") + "\n" for i in range(sentences)]
+            candidates.append({
+                **head, "messages": [{"role": "user", "content": HOSTILE}], "text": "".join(parts), "answer": "2",
+                "finish_reason": "stop", "teacher": {"name": "teacher", "revision": None},
+            })  # fmt: skip
+            scores.append({
+                **head, "source": len(candidates), "teacher_tokens": 9 * sentences, "student_tokens": 8 * sentences,
+                "sentences": [[60 * i, 60 * i + 60, 0.9, (q + number + i) % 10 / 10, 9, 8] for i in range(sentences)],
+            })  # fmt: skip
+    for name, rows in (("sample/candidates", candidates), ("score/scores", scores)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "sample" / "manifest.json").write_text(json.dumps({"counts": {"questions": questions}}))
+    (path / "score" / "manifest.json").write_text(json.dumps({"counts": {"scored": len(scores)}}))
+    return path
