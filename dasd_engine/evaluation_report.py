@@ -113,15 +113,16 @@ def levels(report: EvalReport) -> list[str]:
     """A floor or a ceiling, in words: its interval is narrow because nothing varies, not because much is known."""
     lines = []
     for name, score in _rows(report).items():
-        word = "floor" if score.interval[1] < _LEVEL else "ceiling" if score.interval[0] > 1 - _LEVEL else None
-        if word is None:
+        if score.interval[1] < _LEVEL:
+            word, all_alike, harder = "floor", "none of {} problems is ever right (up to {} may be)", "easier"
+        elif score.interval[0] > 1 - _LEVEL:
+            word, all_alike, harder = "ceiling", "each of {} problems is always right (up to {} may not be)", "harder"
+        else:
             continue
-        text = f"{word} on {name}: {percent(score.pass_at_1)}"
-        if score.pass_at_1 in (0, 1):
-            # The chance that n problems of a kind that makes up this share all miss is (1 - share)^n = 5 %.
-            hidden = 1 - 0.05 ** (1 / score.count)
-            text += f" in all {score.count} problems; a kind that makes up {percent(hidden)} of them may be missed"
-        lines.append(f"{text}: take {'easier' if word == 'floor' else 'harder'} problems to see a difference")
+        # Were a share s of such problems otherwise, n of them would all miss it with (1 - s)^n = 5 %.
+        hidden = percent(1 - 0.05 ** (1 / score.count))
+        text = all_alike.format(score.count, hidden) if score.pass_at_1 in (0, 1) else percent(score.pass_at_1)
+        lines.append(f"{word} on {name}: {text}; take {harder} problems to see a difference")
     return lines
 
 
