@@ -2,8 +2,11 @@
 // strides and labels and sized every buffer. The GIL is released while working.
 #include "module.hpp"
 
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -40,15 +43,49 @@ State state(const py::tuple& t) {  // e, xs, dx, factor, hit, hit_saved
           address<float>(t[5])};
 }
 
-// Large buffers on large pages: E is read along both of its dimensions.
-void on_large_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
+struct Block {
+  void* data;
+  int64_t size;
+};
+
+// Memory for a State, exported as a buffer of `bytes`. First touch of fresh memory costs as much as a third of a product, so
+// the largest block of up to kKept bytes that came back is kept for the next call. All of it happens under the GIL.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes) {
+    if (kept_.data && kept_.size >= bytes) {
+      block_ = std::exchange(kept_, Block{});
+      return;
+    }
+    release();
+    block_.size = (bytes + kPage - 1) / kPage * kPage;
+    block_.data = std::aligned_alloc(kPage, block_.size);
+    if (!block_.data) throw std::bad_alloc();
 #ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    madvise(block_.data, block_.size, MADV_HUGEPAGE);  // E is read along both of its dimensions
 #endif
-}
+  }
+  ~Workspace() {
+    if (block_.size <= kKept && block_.size > kept_.size) std::swap(block_, kept_);
+    std::free(block_.data);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  static void release() { std::free(std::exchange(kept_, Block{}).data); }
+  py::buffer_info info() const { return {static_cast<uint8_t*>(block_.data), bytes_}; }
+
+ private:
+  static constexpr int64_t kPage = 2 << 20;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr int64_t kKept = 0;  // a block of just the asked size, so that accesses beyond it are found
+#else
+  static constexpr int64_t kKept = 256 << 20;
+#endif
+  static inline Block kept_{};
+  Block block_{};
+  int64_t bytes_;
+};
 
 py::object describe(const std::string& name) {
   const Kernels* found = kernels(name.c_str());
@@ -57,7 +94,7 @@ py::object describe(const std::string& name) {
 }
 
 void forward(const std::string& name, const py::tuple& head_, const py::tuple& rows_, const py::tuple& scores_,
-             const py::object& state_, int64_t e_bytes, int threads) {
+             const py::object& state_, int threads) {
   const Kernels& k = find(name);
   const Head h = head(head_);
   const Rows r = rows(rows_);
@@ -66,7 +103,6 @@ void forward(const std::string& name, const py::tuple& head_, const py::tuple& r
   const bool train = !state_.is_none();
   const State kept = train ? state(state_.cast<py::tuple>()) : State{};
   py::gil_scoped_release unlocked;
-  if (train) on_large_pages(kept.e, e_bytes);
   if (r.count > 0) k.forward(h, r, s, train ? &kept : nullptr, threads);
 }
 
@@ -87,9 +123,13 @@ void weight_gradient(const std::string& name, const py::tuple& head_, const py::
 }  // namespace
 
 void add_linear_ce(py::module_& m) {
+  py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Workspace& w) { return w.info(); })
+      .def_static("release", &Workspace::release);
   m.def("linear_ce_describe", &describe, py::arg("name"));
   m.def("linear_ce_forward", &forward, py::arg("name"), py::arg("head"), py::arg("rows"), py::arg("scores"),
-        py::arg("state"), py::arg("e_bytes"), py::arg("threads"));
+        py::arg("state"), py::arg("threads"));
   m.def("linear_ce_weight_gradient", &weight_gradient, py::arg("name"), py::arg("head"), py::arg("rows"),
         py::arg("state"), py::arg("out"), py::arg("threads"));
 }

@@ -107,17 +107,19 @@ void forward(const Head& h, const Rows& rows, const Scores& out, const State* st
   using Elem = typename I::Elem;
   const int64_t tokens = round_up(rows.count, kPanel<I>), depth = round_up(h.width, I::kStep);
   const int64_t part = part_rows(h.vocab), parts = (h.vocab + part - 1) / part, lde = row_stride_of_e<I>(rows.count);
-  Buffer<Elem> x(tokens * depth);
+  const bool shared = state && state->xs;  // x is done with when xs is made, and no larger
+  Buffer<Elem> own(shared ? 0 : tokens * depth);
+  Elem* x = shared ? static_cast<Elem*>(state->xs) : own.data;
   Buffer<float> memory(tokens * (4 + parts * 3));
   float* at = memory.data;
   const Lanes lanes{at, at + tokens, at + 2 * tokens, at + 3 * tokens};
   at += 4 * tokens;
   const Partial sums{at, out.entropy ? at + parts * tokens : nullptr, out.rank ? at + 2 * parts * tokens : nullptr};
   Elem* e = state ? static_cast<Elem*>(state->e) : nullptr;
-  prepare<I>(h, rows, lanes, x.data, threads);
-  sum_exponentials<I>(h, x.data, tokens, lanes, sums, e, lde, threads);
-  if (repair_pivots<I>(h, x.data, rows.count, tokens, lanes, sums.sum, parts, threads))
-    sum_exponentials<I>(h, x.data, tokens, lanes, sums, e, lde, threads);
+  prepare<I>(h, rows, lanes, x, threads);
+  sum_exponentials<I>(h, x, tokens, lanes, sums, e, lde, threads);
+  if (repair_pivots<I>(h, x, rows.count, tokens, lanes, sums.sum, parts, threads))
+    sum_exponentials<I>(h, x, tokens, lanes, sums, e, lde, threads);
   finish<I>(h, rows, out, lanes, sums, parts, tokens, state, lde, threads);
   if (!state) return;
   if (state->dx) hidden_gradient<I>(h, rows, *state, lde, threads);

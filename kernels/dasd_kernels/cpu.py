@@ -2,6 +2,7 @@
 
 `run` has chunked.run's interface. A chunk of C tokens holds E [V, C] in the kernel's element type (fp32, or bf16 where
 the CPU multiplies bf16 and the inputs are), the packed hidden states and their gradient; everything else is small.
+Up to 256 MB of that stay with the process for the next call: fresh memory costs a sixth of a training step.
 
 The last chunk's part of dW is not computed by `run` but by `head_gradient` from the chunk's State, in backward: there
 the upstream gradient is known, so dW is written once, scaled, in its own dtype. With one chunk no fp32 dW ever exists.
@@ -22,8 +23,6 @@ except ImportError:  # a source tree that was not built: the chunked backend doe
     _C = None  # type: ignore[assignment]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CACHE_BYTES = 8 << 20  # E of a chunk is kept this small where that leaves ...
-CHUNK_ROWS = 1024  # ... at least these rows, enough to hide the passes over dW
 
 
 @functools.cache
@@ -102,10 +101,10 @@ def run(
         rows = describe_rows(x, y, inverse[part], factor, row)
         scores = tuple(0 if f is None else address(f[part]) for f in (out.nll, out.lse, out.entropy, out.rank))
         if state is None:
-            _C.linear_ce_forward(name, head, rows, scores, None, 0, threads)
+            _C.linear_ce_forward(name, head, rows, scores, None, threads)
             continue
         buffers = state.addresses(address(dx) if needs[0] else 0)
-        _C.linear_ce_forward(name, head, rows, scores, buffers, state.e_bytes, threads)
+        _C.linear_ce_forward(name, head, rows, scores, buffers, threads)
         if out.grad_hidden is not None:
             found = dx.view(-1)[: len(x) * ld].view(len(x), -1)[:, :width]
             out.grad_hidden[part] = found if smooth is None else smooth.take_from(found, part)
@@ -199,15 +198,14 @@ def padded(name: str, count: int) -> int:
 
 
 def chunk_limit(name: str, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
-    """Most tokens of a chunk: what the workspace allows, or less where E would leave the cache."""
+    """Most tokens of a chunk. As many as the workspace allows: dW is read and written once a chunk."""
     described = describe(name)
     assert described is not None
     element = described[0]
     row_bytes = width * element + vocab // 16  # packed hidden states, and the sums of the vocabulary's parts
     if gradients:
         row_bytes += vocab * element + width * (element + 4)
-    limit = max(1, workspace_bytes // row_bytes)
-    return min(limit, max(CHUNK_ROWS, CACHE_BYTES // (vocab * element))) if gradients else limit
+    return max(1, workspace_bytes // row_bytes)
 
 
 def chunk_rows(name: str, n: int, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
@@ -233,8 +231,7 @@ class State:
     def __init__(self, name: str, rows: int, vocab: int, width: int, keep: bool, memory: Tensor | None = None):
         self.name, self.rows, self.width, self.keep = name, rows, width, keep
         self.factors, self.xs, self.e, size = self.layout(name, rows, vocab, width)
-        self.e_bytes = size - self.e - 64
-        self.memory = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        self.memory = torch.frombuffer(_C.Workspace(size), dtype=torch.uint8) if memory is None else memory
         self.begin = self.count = self.everywhere = 0
 
     @staticmethod

@@ -234,6 +234,19 @@ def test_backward_twice_and_inputs_untouched(backend):
         assert all(torch.equal(a, b) for a, b in zip(before, (hidden.detach(), weight.detach(), labels), strict=True))
 
 
+def test_losses_alive_at_once_do_not_share_their_memory(backend):
+    """And memory that comes back from one holds nothing for the next."""
+    small, large = make(30, 16, 300), make(90, 16, 700, seed=1)
+    want = [evaluate(linear_cross_entropy, *inputs)[2] for inputs in (small, large)]
+    for order in ((0, 1), (1, 0)):
+        leaves = [inputs[1].clone().requires_grad_() for inputs in (small, large)]
+        losses = [linear_cross_entropy(x[0], w, x[2]) for x, w in zip((small, large), leaves, strict=True)]
+        for i in order:
+            losses[i].backward()
+        assert all(torch.equal(w.grad, g) for w, g in zip(leaves, want, strict=True))
+        del losses
+
+
 def test_frozen_sides_get_nothing_and_change_nothing(backend):
     hidden, weight, labels, bias = make(30, 16, 300, bias=True)
     for reduction in ("sum", "none"):
