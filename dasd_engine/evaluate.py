@@ -34,6 +34,7 @@ from dasd_engine.evaluation_report import (
     FAILED,
     RESPONSES,
     EvalReport,
+    Key,
     Response,
     compare,
     print_comparison,
@@ -55,8 +56,6 @@ from dasd_engine.teachers import (
     open_teacher,
     parse_teacher,
 )
-
-Key = tuple[str, float, int]  # question, temperature, sample
 
 
 @dataclass(frozen=True)
@@ -110,37 +109,35 @@ def evaluate(
     }
     with OutputDirectory(out, wanted) as output:
         path = output.path / RESPONSES
-        if retry_failed and path.exists():
-            kept = [r for r in read_responses(path) if r.finish_reason != FAILED]
-            (output.path / MANIFEST).unlink(missing_ok=True)
-            write_rows(path, map(asdict, kept))
-            output.manifest = None
-        if output.manifest is not None:
+        if output.manifest is not None and not retry_failed:
             return summarize(read_responses(path))
+        (output.path / MANIFEST).unlink(missing_ok=True)
         rows = output.appender(RESPONSES)
-        there = read_responses(path) if path.stat().st_size else []
+        before = read_responses(path) if path.stat().st_size else []
+        there = {r.key: r for r in before if not (retry_failed and r.finish_reason == FAILED)}
         with closing(open_teacher(model)) as teacher:
-            for response in respond(teacher, found, asked, there, progress):
+            for response in respond(teacher, found, asked, list(there.values()), progress):
                 rows.write(asdict(response))
-                there.append(response)
-        there = in_order(there, found, asked)
-        write_rows(path, map(asdict, there))
-        reports = summarize(there)
-        counts = {"problems": len(found), "responses": len(there), "tokens": sum(r.length for r in there)}
+                there[response.key] = response
+        ordered = in_order(there, found, asked)
+        write_rows(path, map(asdict, ordered))
+        reports = summarize(ordered)
+        counts = {"problems": len(found), "responses": len(ordered), "tokens": sum(r.length for r in ordered)}
         output.finish({"reports": list(map(asdict, reports)), "counts": counts})
         return reports
 
 
 def ask(teacher: Teacher, problems: Sequence[Problem], asked: EvalOptions, progress: bool = False) -> list[Response]:
     """The judged responses of a teacher that is open, in the order of `in_order`; nothing is written."""
-    return in_order(list(respond(teacher, problems, asked, [], progress)), problems, asked)
+    found = {response.key: response for response in respond(teacher, problems, asked, [], progress)}
+    return in_order(found, problems, asked)
 
 
 def respond(
     teacher: Teacher, problems: Sequence[Problem], asked: EvalOptions, there: Sequence[Response], progress: bool
 ) -> Iterator[Response]:
     """The judged responses that are not `there` yet, as they are finished. InputError if all there is has failed."""
-    done = {(r.id, r.temperature, r.sample) for r in there}
+    done = {r.key for r in there}
     waiting: dict[str, tuple[Problem, Key]] = {}
     reasons = Counter(r.error for r in there if r.finish_reason == FAILED)
 
@@ -179,12 +176,10 @@ def _keys(problem: Problem, asked: EvalOptions) -> list[Key]:
     return [(problem.question.id, t, i) for t in asked.temperatures for i in range(asked.samples if t else 1)]
 
 
-def in_order(rows: Sequence[Response], problems: Sequence[Problem], asked: EvalOptions) -> list[Response]:
+def in_order(there: dict[Key, Response], problems: Sequence[Problem], asked: EvalOptions) -> list[Response]:
     """By temperature, problem and sample as asked, so that runs that were killed and went on end alike."""
-    by_key = {(r.id, r.temperature, r.sample): r for r in rows}
     keys = [key for problem in problems for key in _keys(problem, asked)]
-    rank = {t: i for i, t in enumerate(asked.temperatures)}
-    return [by_key[key] for key in sorted(keys, key=lambda key: rank[key[1]])]
+    return [there[key] for temperature in asked.temperatures for key in keys if key[1] == temperature]
 
 
 def _judge(problem: Problem, key: Key, result: Sampled | Failed) -> Response:

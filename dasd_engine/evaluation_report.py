@@ -20,6 +20,7 @@ _RESAMPLES = 2000  # of the bootstrap
 _LEVEL = 0.02  # ours: an interval within this of 0 or 1 leaves no room to tell two students apart
 
 Interval = tuple[float, float]
+Key = tuple[str, float, int]  # question, temperature, sample
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Response:
     length: int  # tokens, the one that ends the turn included
     output: str
     error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.temperature, self.sample
 
 
 @dataclass(frozen=True)

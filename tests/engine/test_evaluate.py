@@ -195,6 +195,8 @@ def test_a_served_model_is_evaluated_the_same_way_and_failures_are_asked_again(h
     with FakeServer(faults={seeds[3]: ["400"]}) as server:
         run(here, tmp_path / "out", model=server.url)
         assert "1 failed and count as wrong: HTTP 400" in capsys.readouterr().out
+        with open(tmp_path / "out" / "responses.jsonl", "a") as file:
+            file.write('{"id": "killed in the mid')
         run(here, tmp_path / "out", "--retry-failed", model=server.url)
         assert len(server.asked) == 13
     clean, mended = ((tmp_path / name / "responses.jsonl").read_bytes() for name in ("clean", "out"))
