@@ -2,7 +2,7 @@
 ignored rows, which all have in common.
 
 DASD_KERNELS=reference selects the plain definition (in the callers), =chunked plain torch by chunks, and portable,
-avx2, avx512 or avx512_bf16 one of the C++ kernels.
+avx2, avx512 or avx512_bf16 one of the C++ kernels. DASD_DEBUG=1 checks labels on every device, which stalls it.
 """
 
 import functools
@@ -79,18 +79,22 @@ def check_inputs(
         raise ValueError(f"temperature must be positive, not {temperature}")
 
 
-def valid_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
-    """Indices of the rows to compute, or None for all of them. On CPU also checks the labels; elsewhere every
-    row is computed and ignored ones masked, since their number is not known without waiting for the device."""
-    if labels.device.type != "cpu":
-        return None
-    valid = labels != ignore_index
-    bad = valid & ((labels < 0) | (labels >= vocab))
+def check_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if bad.any():
         index = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"labels[{index}] = {int(labels[index])} is outside [0, {vocab}) and is not ignore_index = {ignore_index}"
         )
+
+
+def valid_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
+    """Indices of the rows to compute, or None for all of them. On CPU also checks the labels; elsewhere every
+    row is computed and ignored ones masked, since their number is not known without waiting for the device."""
+    if labels.device.type != "cpu":
+        return None
+    check_labels(labels, ignore_index, vocab)
+    valid = labels != ignore_index
     return None if valid.all() else valid.nonzero()[:, 0]
 
 
@@ -123,6 +127,8 @@ def compute(
     n, vocab = len(labels), len(weight)
     if temperature is not None and temperature.device.type == "cpu" and not bool((temperature > 0).all()):
         raise ValueError(f"temperature must be positive; its smallest entry is {float(temperature.min())}")
+    if os.environ.get("DASD_DEBUG") == "1":
+        check_labels(labels, ignore_index, vocab)
     if on_triton(hidden) and triton_ce.supports(hidden, weight, row, coefficient is not None):
         return triton_ce.run(
             hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,

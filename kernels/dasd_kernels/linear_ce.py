@@ -60,7 +60,7 @@ def linear_cross_entropy(
     workspace_bytes bounds what is held besides the inputs, the gradients and one fp32 copy of the weight's.
 
     Raises ValueError for wrong shapes, a DTensor or empty weight and, on the CPU, for a label outside
-    [0, V); on other devices such a row gives NaN, since looking would stall the device.
+    [0, V); on other devices such a row gives NaN, since looking would stall the device (DASD_DEBUG=1 looks).
     """
     check_inputs(hidden, weight, labels, bias, token_weight, temperature)
     if reduction not in ("mean", "sum", "none"):

@@ -170,6 +170,15 @@ def test_labels_outside_the_vocabulary_give_nan_rows():
     assert got.nll.isnan().nonzero()[:, 0].tolist() == [2, 5]
 
 
+def test_labels_outside_the_vocabulary_are_named_when_debugging(monkeypatch):
+    hidden, weight, labels = make(20, 16, 300)
+    labels[2] = 300
+    assert linear_cross_entropy(hidden, weight, labels).isnan()
+    monkeypatch.setenv("DASD_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"labels\[2\] = 300 is outside \[0, 300\)"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
 def test_strides():
     hidden, weight, labels = make(40, 33, 300, torch.float16)
     column_major = [t.t().contiguous().t() for t in (hidden, weight)]
