@@ -30,7 +30,7 @@ function chart(section, title, note, data, series, { bands = [], x = {}, y = {},
       scales: { x: { time: false, ...x }, y },
       series: [{ label: xLabel, value: (u, v) => number(v) }, ...series.map((s) => ({
         label: s.label, stroke: color(s.stroke), width: s.width ?? 1.5, dash: s.dash, fill: s.fill ? color(s.fill) : undefined,
-        paths: s.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined, points: { show: false }, spanGaps: false,
+        paths: s.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined, points: { show: few }, spanGaps: false,
         value: (u, v, i, at) => (s.format ?? number)(s.values && at != null ? s.values[at] : v),
       }))],
       axes: [{ ...axis, size: 34 }, { ...axis, size: 58, values: (u, ticks) => ticks.map((t) => (series[0].format ? `${+(100 * t).toPrecision(3)} %` : number(t))) }],
@@ -55,6 +55,9 @@ function summary(data, series) {
   });
   return `${parts.join("; ")}. Arrow keys read the values.`;
 }
+
+// One or two steps make no line to be seen.
+const few = (u, s) => u.series[s].width > 0 && u.data[s].filter((v) => v != null).length < 3;
 
 // A stage's legend shows its own values: those of the next steps at most, as stages and runs have steps of their own.
 function near(u, s, index) {
