@@ -51,6 +51,19 @@ def test_scores_are_within_1e5_nats(backend, dtype, vocab):
     check(make(37, 64, vocab, dtype, ignored=0.3))
 
 
+@pytest.mark.parametrize("vocab", [50257, 128256, 129920, 151936])
+def test_vocabularies_of_real_models(backend, vocab):
+    check(make(5, 16, vocab, torch.bfloat16, ignored=0.2))
+
+
+def test_more_logits_than_32_bits_count(monkeypatch):
+    """N V = 2^31 + 163,842: the last rows' bits are those that they have alone."""
+    monkeypatch.setenv("DASD_KERNELS", BACKENDS[-1])
+    hidden, weight, labels = make(32770, 2, 65537, torch.bfloat16)
+    whole, few = token_logprobs(hidden, weight, labels), token_logprobs(hidden[-5:], weight, labels[-5:])
+    assert torch.equal(whole.logprob[-5:], few.logprob) and bool(whole.logprob.isfinite().all())
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, torch.linspace(0.5, 2, 37)])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-3, 3, 500)])
