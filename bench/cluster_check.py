@@ -31,10 +31,10 @@ from dasd_kernels import PackedBatch, PackPlan, assemble_pack, linear_cross_entr
 
 # Attention is 2.6 times the rest over a whole context, as for Qwen3-4B at 65,536 tokens.
 CONFIG = ModelConfig(
-    model_type="qwen3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+    model_type="qwen3", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True,
 )  # fmt: skip
-CONTEXT, PACKS, DOCUMENTS = 4096, 12, 72
+CONTEXT, PACKS, DOCUMENTS = 2048, 12, 72
 ROUNDS = 2  # of every way, interleaved; the quicker counts
 WAYS = [name for name in POLICIES if name != FREE]
 
@@ -140,17 +140,17 @@ def fit(model: Decoder, data: Data, busy: bool, world: distributed.World) -> tup
 def collective_seconds(size: int, world: distributed.World) -> tuple[float, float]:
     """(gather, reduce) of `size` fp32 parameters over all ranks, each timed alone."""
     part, whole = torch.zeros(-(-size // world.size)), torch.zeros(-(-size // world.size) * world.size)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     best = [float("inf")] * 2
     for _ in range(5):
-        for i, call in enumerate((
-            lambda: dist.all_gather_into_tensor(whole, part), lambda: dist.reduce_scatter_tensor(part, whole),
-        )):  # fmt: skip
+        for i, (call, out, sent) in enumerate([(gather, whole, part), (reduce, part, whole)]):
             world.barrier()
             start = time.perf_counter()
-            call()
+            call(out, sent)
             best[i] = min(best[i], time.perf_counter() - start)
-    gather, reduce = (total / world.size for total in world.sum(best))
-    return gather, reduce
+    seconds = [total / world.size for total in world.sum(best)]
+    return seconds[0], seconds[1]
 
 
 def rank_main() -> None:

@@ -25,8 +25,7 @@ from dasd_engine.model import Decoder
 from dasd_engine.model_config import ModelConfig, read_config
 
 GIB = 2**30
-CUDA_CHUNK = 1 << 30  # logits of the loss: dasd_kernels.triton_ce.WORKSPACE
-CPU_ROWS = 1024  # tokens of a chunk of logits on a CPU, about
+CHUNK = {"cuda": 1 << 30, "cpu": 224 << 20}  # most bytes of logits at a time, as dasd_kernels has them
 USABLE = 0.92  # of a device's memory: the rest is the allocator's gaps, the context of CUDA and of NCCL
 
 
@@ -119,14 +118,12 @@ def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
 
 
 def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """Of linear_cross_entropy: on CUDA a workspace and the head's gradient in fp32, on a CPU a chunk of logits and that
-    gradient where there are more chunks than one; the gradient of the hidden states."""
-    head, hidden = config.vocab_size * config.hidden_size, tokens * config.hidden_size * dtype.itemsize
-    if device == "cuda":
-        return hidden + 4 * head + CUDA_CHUNK
-    rows = min(tokens, CPU_ROWS)
-    chunk = rows * (config.vocab_size * dtype.itemsize + config.hidden_size * (2 * dtype.itemsize + 4))
-    return hidden + chunk + (4 * head if tokens > rows else 0)
+    """Of linear_cross_entropy: the gradient of the hidden states, a chunk of logits, and the head's gradient in fp32,
+    on a CPU only where there are more chunks than one."""
+    vocab, hidden, item = config.vocab_size, config.hidden_size, dtype.itemsize
+    logits = tokens * (vocab * item + hidden * (2 * item + 4))
+    head = 0 if device == "cpu" and logits <= CHUNK["cpu"] else 4 * vocab * hidden
+    return item * tokens * hidden + head + min(logits, CHUNK[device])
 
 
 def settle(recipe: Recipe, config: ModelConfig, world: World) -> tuple[Recipe, list[str]]:
