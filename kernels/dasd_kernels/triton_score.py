@@ -238,7 +238,7 @@ def pivot_kernel(
     y = tl.load(label + row, mask=inside, other=0)
     scale = tl.load(inverse + row, mask=inside, other=0.0) * LOG2E
     ks = tl.arange(0, BK)
-    a0 = x + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride_xn
+    a0 = x + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride_xn + ks[None, :] * stride_xd
     top = tl.zeros((BM,), dtype=tl.float32) + NEVER
     own = tl.zeros((BM,), dtype=tl.float32)
     for part in tl.static_range(SAMPLES // BM + 1):
@@ -246,18 +246,21 @@ def pivot_kernel(
             col = y
         else:
             col = ((part - 1) * BM + tl.arange(0, BM)).to(tl.int64) * V // SAMPLES
-        b0 = w + col.to(tl.int64)[:, None] * stride_wv
+        a_ptr = a0
+        b_ptr = w + col.to(tl.int64)[:, None] * stride_wv + ks[None, :] * stride_wd
         acc = tl.zeros((BM, BM), dtype=tl.float32)
         for k in range(0, D, BK):
             if EVEN:
-                a = tl.load(a0 + (k + ks)[None, :] * stride_xd)
-                b = tl.load(b0 + (k + ks)[None, :] * stride_wd)
+                a = tl.load(a_ptr)
+                b = tl.load(b_ptr)
             else:
-                a = tl.load(a0 + (k + ks)[None, :] * stride_xd, mask=(k + ks)[None, :] < D, other=0.0)
-                b = tl.load(b0 + (k + ks)[None, :] * stride_wd, mask=(k + ks)[None, :] < D, other=0.0)
+                a = tl.load(a_ptr, mask=ks[None, :] < D - k, other=0.0)
+                b = tl.load(b_ptr, mask=ks[None, :] < D - k, other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            a_ptr += BK * stride_xd  # k * stride may pass 2^31 in a column-major head
+            b_ptr += BK * stride_wd
         if BIAS:
             acc += tl.load(bias + col).to(tl.float32)[None, :]
         if SOFTCAP:
