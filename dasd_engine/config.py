@@ -94,7 +94,7 @@ class EvaluateOptions:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    data: str
+    data: tuple[str, ...]
     train: TrainOptions
 
 
@@ -178,9 +178,17 @@ def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
         raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
     return Stage(
         name=typed(stage.get("name", f"stage{index + 1}"), str, f"{path}: {where}.name"),
-        data=typed(stage["data"], str, f"{path}: {where}.data"),
+        data=_data(stage["data"], f"{path}: {where}.data"),
         train=build(TrainOptions, {**train, **own}, path, where),
     )
+
+
+def _data(value: Any, where: str) -> tuple[str, ...]:
+    """One path or several."""
+    paths = typed(value, tuple[str, ...], where) if isinstance(value, list) else (typed(value, str, where),)
+    if not paths:
+        raise InputError(f"{where} is empty; name files, or directories made by dasd_engine.prepare")
+    return paths
 
 
 def _check(recipe: Recipe) -> None:
@@ -299,6 +307,7 @@ def describe() -> str:
     lines += [
         "[[stage]]  one or more, in order; each starts from the weights of the one before",
         "  name, data                         data: JSONL, Parquet, a hub data set, or shards of dasd_engine.prepare",
+        "                                     (a directory of them too); one, or a list of several",
     ]
     return "\n".join(lines)
 

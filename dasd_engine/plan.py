@@ -4,6 +4,7 @@ Everything here is a pure function of the shards, the recipe and (for the share 
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,113 +12,126 @@ import numpy as np
 import torch
 
 from dasd_engine.config import Recipe, Stage
+from dasd_engine.corpus import Corpus
+from dasd_engine.epochs import EpochPlan, Packing, count_epochs
 from dasd_engine.errors import InputError
 from dasd_engine.metrics import document_flops, flop_coefficients
 from dasd_engine.model import ModelConfig
-from dasd_engine.shards import Shards
-from dasd_kernels import PackedBatch, PackPlan, assemble_pack, plan_packs
+from dasd_kernels import PackedBatch, assemble_packs
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank needs of an optimizer step. The counts are over all ranks."""
+
+    batches: list[PackedBatch]  # this rank's, one a micro-step
+    documents: np.ndarray  # all ranks', int64
+    tokens: int
+    trained: int  # the divisor of the step's loss, known before its first forward
+    flops: float
+    fill: float
+    balance: float
 
 
 @dataclass(frozen=True)
 class StagePlan:
     stage: Stage
-    shards: Shards
-    epochs: tuple[PackPlan, ...]
-    trained: np.ndarray  # trained tokens of each document, int64 [D]
-    flops: np.ndarray  # model FLOPs of each document, float64 [D]
+    corpus: Corpus
+    config: ModelConfig
+    epochs: tuple[EpochPlan, ...]
+    flops: float  # model FLOPs of an epoch
 
     @cached_property
     def steps(self) -> int:
-        return sum(plan.num_steps for plan in self.epochs)
+        return sum(epoch.num_steps for epoch in self.epochs)
 
     @cached_property
     def digest(self) -> str:
         """Which documents are trained on in which order; independent of the world size."""
-        return hashlib.sha256("".join(plan.digest for plan in self.epochs).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(epoch.digest for epoch in self.epochs).encode()).hexdigest()[:16]
 
-    def documents(self, epoch: int, step: int) -> np.ndarray:
-        """Ids of all documents of a step, over all ranks."""
-        plan = self.epochs[epoch]
-        first, last = plan.step_offsets[step], plan.step_offsets[step + 1]
-        return plan.docs[plan.pack_offsets[first] : plan.pack_offsets[last]]
+    def places(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        """(epoch, step) of the steps from here to the end of the stage."""
+        for later in range(epoch, len(self.epochs)):
+            for left in range(step if later == epoch else 0, self.epochs[later].num_steps):
+                yield later, left
 
-    def trained_tokens(self, epoch: int, step: int) -> int:
-        """Trained tokens of a step over all ranks: the divisor of its loss, known before the first forward."""
-        return int(self.trained[self.documents(epoch, step)].sum())
-
-    def micro_steps(self, epoch: int, step: int, rank: int, *, equal: bool) -> list[int | None]:
-        """Packs that `rank` runs in a step, each an index into the plan; None is a pack without trained tokens.
+    def micro_steps(self, epoch: int, step: int, rank: int, *, equal: bool) -> list[np.ndarray]:
+        """The documents of each pack that `rank` runs in a step; none makes a pack without trained tokens.
 
         Ranks that meet at every layer (`equal`) need equally many; others need at least one, to meet at the end.
         """
-        plan = self.epochs[epoch]
-        mine: list[int | None] = list(plan.packs_of(step, rank))
+        plan, step = self.epochs[epoch].plan(step)
+        mine = [plan.documents(pack) for pack in plan.packs_of(step, rank)]
         count = max(len(plan.packs_of(step, r)) for r in range(plan.ranks)) if equal else 1
-        return mine + [None] * (count - len(mine))
+        return mine + [np.empty(0, dtype=np.int64)] * (count - len(mine))
 
-    def batch(self, epoch: int, pack: int | None, device: torch.device) -> PackedBatch:
-        """Assemble one pack on `device`; None gives one of padding only, which keeps a rank in step with the others."""
-        o, s = self.stage.train, self.shards
-        documents = self.epochs[epoch].documents(pack) if pack is not None else np.empty(0, dtype=np.int64)
-        batch = assemble_pack(s.tokens, s.offsets, s.loss_spans, documents, o.context, device=device)
-        if not o.isolate:
-            length = len(batch.tokens)
-            whole = torch.tensor([0, length], dtype=torch.int32, device=batch.cu_seqlens.device)
-            positions = torch.arange(length, device=device)
-            batch = replace(batch, cu_seqlens=whole, positions=positions, max_seqlen=length)
-        return batch
+    def read(self, epoch: int, step: int, rank: int, device: torch.device, *, equal: bool) -> Step:
+        """A step with this rank's packs on `device`. Called in the reader's thread, ahead of the training."""
+        packs = self.micro_steps(epoch, step, rank, equal=equal)
+        batches = assemble_packs(self.corpus.arrays, packs, self.stage.train.context, device=device)
+        if not self.stage.train.isolate:
+            batches = [_joined(batch) for batch in batches]
+        plan, place = self.epochs[epoch].plan(step)
+        documents = self.epochs[epoch].documents(step)
+        lengths, trained = self.corpus.describe(documents)
+        tokens, count = int(lengths.sum()), int(plan.step_offsets[place + 1] - plan.step_offsets[place])
+        flops = float(document_flops(self.config, lengths, trained).sum())
+        fill = tokens / (count * plan.capacity)
+        return Step(batches, documents, tokens, int(trained.sum()), flops, fill, plan.balance(place))
 
 
-def plan_stage(recipe: Recipe, stage: Stage, shards: Shards, config: ModelConfig, ranks: int) -> StagePlan:
-    """Plan every epoch of `stage`.
+def _joined(batch: PackedBatch) -> PackedBatch:
+    """The pack as one document, whose tokens all see each other."""
+    length, device = len(batch.tokens), batch.tokens.device
+    whole = torch.tensor([0, length], dtype=torch.int32, device=device)
+    positions = torch.arange(length, device=device)
+    return replace(batch, cu_seqlens=whole, positions=positions, max_seqlen=length)
+
+
+def plan_stage(recipe: Recipe, stage: Stage, corpus: Corpus, config: ModelConfig, ranks: int) -> StagePlan:
+    """Plan every epoch of `stage`, each block of documents once (see epochs.py).
 
     Raises:
         InputError: a document longer than the context, ids beyond the model's vocabulary, fewer packs than ranks, or
             a step without trained tokens; names the shards and what to change.
     """
-    c, a, _ = flop_coefficients(config)
+    c, a, h = flop_coefficients(config)
     o = stage.train
-    _check_vocabulary(shards, config)
-    longest = int(np.argmax(shards.lengths))
-    if shards.lengths[longest] > o.context:
-        raise InputError(
-            f"{shards.path}: document {longest} has {shards.lengths[longest]} tokens, more than the context of "
-            f"{o.context} (stage {stage.name}); raise `context` or prepare the data with --context {o.context}"
-        )
-    plans = tuple(
-        plan_packs(
-            shards.lengths,
-            o.context,
-            pack_budget=o.packs_per_step,
-            ranks=ranks,
-            seed=recipe.seed,
-            epoch=epoch,
-            cost=(c, a),
-        )
-        for epoch in range(o.epochs)
-    )
-    trained = shards.valid_counts
-    result = StagePlan(stage, shards, plans, trained, document_flops(config, shards.lengths, trained))
-    for epoch, plan in enumerate(plans):
+    _check_vocabulary(corpus, config)
+    squares = 0.0
+    for begin, lengths in corpus.pieces():
+        longest = int(np.argmax(lengths))
+        if lengths[longest] > o.context:
+            raise InputError(
+                f"{corpus.where(begin + longest)} has {lengths[longest]} tokens, more than the context of "
+                f"{o.context} (stage {stage.name}); raise `context` or prepare the data with --context {o.context}"
+            )
+        squares += float(np.square(lengths, dtype=np.float64).sum())
+    packing = Packing(o.context, o.packs_per_step, ranks, recipe.seed, (c, a))
+    epochs = tuple(EpochPlan(corpus, packing, epoch) for epoch in range(o.epochs))
+    count_epochs(epochs, corpus.untrained())
+    for plan in epochs:
         if plan.num_packs < ranks:
             raise InputError(
-                f"{shards.path}: only {plan.num_packs} packs of {o.context} tokens for {ranks} ranks "
+                f"{corpus}: only {plan.num_packs} packs of {o.context} tokens for {ranks} ranks "
                 f"(stage {stage.name}); use fewer ranks, a smaller `context`, or more data"
             )
-        for step in range(plan.num_steps):
-            if result.trained_tokens(epoch, step) == 0:
-                names = ", ".join(map(str, result.documents(epoch, step)[:8]))
-                raise InputError(
-                    f"{shards.path}: step {step} of epoch {epoch} has no trained token (stage {stage.name}, "
-                    f"documents {names}…); prepare the data again, or raise `packs_per_step`"
-                )
-    return result
+        for blank in (totals.blank for totals in plan.totals if len(totals.blank)):
+            names = ", ".join(map(str, blank[:8]))
+            raise InputError(
+                f"{corpus}: a step of epoch {plan.epoch} has no trained token (stage {stage.name}, "
+                f"documents {names}…); prepare the data again, or raise `packs_per_step`"
+            )
+    flops = c * corpus.tokens + a * squares + h * corpus.trained_tokens
+    return StagePlan(stage, corpus, config, epochs, flops)
 
 
-def _check_vocabulary(shards: Shards, config: ModelConfig) -> None:
-    largest = shards.manifest["counts"]["max_token_id"]
-    if largest >= config.vocab_size:
-        raise InputError(
-            f"{shards.path}: token id {largest} does not fit the model's vocabulary of {config.vocab_size}; "
-            "the data was prepared with another tokenizer: prepare it again with --model set to this student"
-        )
+def _check_vocabulary(corpus: Corpus, config: ModelConfig) -> None:
+    for shards in corpus.sets:
+        largest = shards.manifest["counts"]["max_token_id"]
+        if largest >= config.vocab_size:
+            raise InputError(
+                f"{shards.path}: token id {largest} does not fit the model's vocabulary of {config.vocab_size}; "
+                "the data was prepared with another tokenizer: prepare it again with --model set to this student"
+            )

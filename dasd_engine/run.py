@@ -26,6 +26,7 @@ import torch
 
 from dasd_engine.checkpoint import Progress
 from dasd_engine.config import Recipe
+from dasd_engine.corpus import Corpus, shard_sets
 from dasd_engine.distributed import World, compute_dtype
 from dasd_engine.errors import InputError
 from dasd_engine.evaluate import EvalOptions, ask
@@ -37,7 +38,6 @@ from dasd_engine.model import Decoder, ModelConfig
 from dasd_engine.plan import StagePlan
 from dasd_engine.prepare import prepare
 from dasd_engine.records import write_rows
-from dasd_engine.shards import Shards
 from dasd_engine.teacher_local import LocalTeacher
 from dasd_engine.teachers import TeacherOptions
 
@@ -111,20 +111,21 @@ def clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def open_data(recipe: Recipe, world: World, display: Display) -> list[Shards]:
-    """The shards of each stage. A stage that names files instead of shards has them prepared first, on one rank."""
-    model, result = recipe.resolve(recipe.model.path), list[Shards]()
+def open_data(recipe: Recipe, world: World, display: Display) -> list[Corpus]:
+    """The documents of each stage. A stage that names files instead of shards has them prepared first, on one rank."""
+    model, result = recipe.resolve(recipe.model.path), list[Corpus]()
     for stage in recipe.stages:
-        path = recipe.resolve(stage.data)
-        if not (path / "manifest.json").exists():
+        paths = [recipe.resolve(data) for data in stage.data]
+        if not all(map(shard_sets, paths)):
             shards = recipe.out / "data" / stage.name
             if world.is_main:
-                display.say(f"preparing {stage.data} for stage {stage.name}")
-                source = str(path) if path.exists() else stage.data  # what is no file may be a hub data set
-                prepare([source], model, shards, context=stage.train.context, quiet=bool(result))
+                display.say(f"preparing {', '.join(stage.data)} for stage {stage.name}")
+                # What is no file may be a hub data set.
+                sources = [str(p) if p.exists() else data for p, data in zip(paths, stage.data, strict=True)]
+                prepare(sources, model, shards, context=stage.train.context, quiet=bool(result))
             world.barrier()
-            path = shards
-        result.append(Shards.open(path))
+            paths = [shards]
+        result.append(Corpus.open(paths))
     return result
 
 

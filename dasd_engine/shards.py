@@ -20,7 +20,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,7 @@ from dasd_engine.errors import InputError
 FORMAT = "dasd-shards"
 VERSION = 1
 VERIFY_BELOW = 1 << 30  # bytes: smaller sets have their hashes checked on every open
+PIECE = 1 << 18  # rows of an array that are checked together
 TOKENS, OFFSETS, SPANS, META, MANIFEST = (
     "tokens.u32",
     "offsets.i64",
@@ -134,7 +135,7 @@ class ShardWriter:
 class Shards:
     """A shard set opened for reading.
 
-    tokens uint32 [N], offsets int64 [D+1], loss_spans int32 [K, 3]: read-only memory maps; lengths int64 [D].
+    tokens uint32 [N], offsets int64 [D+1], loss_spans int32 [K, 3]: read-only memory maps.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -143,7 +144,6 @@ class Shards:
         self.tokens = _map(path / TOKENS, "<u4")
         self.offsets = _map(path / OFFSETS, "<i8")
         self.loss_spans = _map(path / SPANS, "<i4").reshape(-1, 3)
-        self.lengths: npt.NDArray[np.int64] = np.diff(self.offsets)
         self._meta_ends: npt.NDArray[np.int64] | None = None
 
     @classmethod
@@ -171,12 +171,26 @@ class Shards:
         return len(self.offsets) - 1
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 [D]: tokens of each document."""
+        return np.diff(self.offsets)
+
+    @property
     def valid_counts(self) -> npt.NDArray[np.int64]:
         """int64 [D]: labels each document yields (its trained tokens; nothing predicts its first token)."""
-        spans = self.loss_spans
-        counts = np.zeros(len(self), dtype=np.int64)
-        np.add.at(counts, spans[:, 0], spans[:, 2] - np.maximum(spans[:, 1], 1))
-        return counts
+        doc, begin, end = self.loss_spans.T
+        return np.bincount(doc, weights=end - np.maximum(begin, 1), minlength=len(self)).astype(np.int64)
+
+    def untrained(self) -> npt.NDArray[np.int64]:
+        """The documents that yield no label, ascending."""
+        last, found = -1, [np.empty(0, dtype=np.int64)]
+        for rows in (*_pieces(self.loss_spans), np.array([[len(self), 0, 2]])):
+            trained = rows[rows[:, 2] > np.maximum(rows[:, 1], 1), 0]
+            missing = np.ones(int(trained.max(initial=last)) - last, dtype=np.bool_)
+            missing[trained[trained > last] - last - 1] = False
+            found.append(np.flatnonzero(missing) + last + 1)
+            last += len(missing)
+        return np.concatenate(found)
 
     def meta(self, index: int) -> dict[str, Any]:
         """The meta.jsonl entry of document `index` (file, line, uuid, ...)."""
@@ -195,23 +209,30 @@ class Shards:
         counts = self.manifest["counts"]
         if len(self.offsets) != counts["documents"] + 1 or self.offsets[0] != 0:
             raise _damaged(self.path / OFFSETS, f"does not index {counts['documents']} documents")
-        if (self.lengths < 1).any():
-            raise _damaged(self.path / OFFSETS, f"is not increasing at document {_first(self.lengths < 1)}")
+        for begin in range(0, len(self), PIECE):
+            bad = np.diff(self.offsets[begin : begin + PIECE + 1]) < 1
+            if bad.any():
+                raise _damaged(self.path / OFFSETS, f"is not increasing at document {begin + _first(bad)}")
         if self.offsets[-1] != len(self.tokens) or len(self.tokens) != counts["tokens"]:
             raise _damaged(self.path / OFFSETS, f"ends at {self.offsets[-1]}, but there are {len(self.tokens)} tokens")
 
     def _check_spans(self) -> None:
-        doc, begin, end = self.loss_spans.T
-        if len(doc) and (doc.min() < 0 or doc.max() >= len(self)):
-            raise _damaged(self.path / SPANS, f"names a document outside 0..{len(self) - 1}")
-        bad = (begin < 0) | (end <= begin) | (end > self.lengths[doc])
-        if bad.any():
-            row = _first(bad)
-            raise _damaged(self.path / SPANS, f"row {row}: span {begin[row]}..{end[row]} leaves document {doc[row]}")
-        step = np.diff(doc)
-        bad = (step < 0) | ((step == 0) & (begin[1:] < end[:-1]))
-        if bad.any():
-            raise _damaged(self.path / SPANS, f"row {_first(bad) + 1}: out of order or overlapping the row before")
+        first, last = 0, (0, 0)  # the piece's first row; document and end of the row before it
+        for rows in _pieces(self.loss_spans):
+            doc, begin, end = np.ascontiguousarray(rows.T)
+            if doc.min() < 0 or doc.max() >= len(self):
+                raise _damaged(self.path / SPANS, f"names a document outside 0..{len(self) - 1}")
+            bad = (begin < 0) | (end <= begin) | (end > self.offsets[doc + 1] - self.offsets[doc])
+            if bad.any():
+                row = _first(bad)
+                what = f"row {first + row}: span {begin[row]}..{end[row]} leaves document {doc[row]}"
+                raise _damaged(self.path / SPANS, what)
+            step = np.diff(doc, prepend=last[0])
+            bad = (step < 0) | ((step == 0) & (begin < np.concatenate([[last[1]], end[:-1]])))
+            if bad.any():
+                what = f"row {first + _first(bad)}: out of order or overlapping the row before"
+                raise _damaged(self.path / SPANS, what)
+            first, last = first + len(rows), (int(doc[-1]), int(end[-1]))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -290,6 +311,11 @@ def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
         return np.memmap(path, dtype=dtype, mode="r")
     except ValueError as error:
         raise _damaged(path, f"cannot be mapped ({error})") from None
+
+
+def _pieces(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    for begin in range(0, len(array), PIECE):
+        yield array[begin : begin + PIECE]
 
 
 def _line_ends(path: Path) -> npt.NDArray[np.int64]:

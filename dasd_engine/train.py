@@ -8,10 +8,12 @@ Run the same command again to go on from the newest checkpoint, at any number of
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +27,8 @@ from dasd_engine.errors import InputError, run_cli
 from dasd_engine.hf import init_weights, load_weights, read_config, save_model
 from dasd_engine.model import Decoder
 from dasd_engine.optim import learning_rate, make_optimizer, set_learning_rate
-from dasd_engine.plan import StagePlan, plan_stage
+from dasd_engine.plan import StagePlan, Step, plan_stage
+from dasd_engine.reader import SideStream, read_ahead
 from dasd_engine.run import (
     Stop,
     clear,
@@ -133,15 +136,16 @@ class Run:
         """The steps of one stage that are not yet done, or those up to a signal."""
         p = self.progress
         self.model.train()
-        with self.display.stage(plan.stage.name, plan.steps, p.stage_step):
-            while p.epoch < len(plan.epochs):
-                while p.step < plan.epochs[p.epoch].num_steps:
-                    self.step(plan)
-                    if self.stopping:
-                        return
-                    if p.total_step % self.recipe.checkpoint.every == 0 and p.stage_step < plan.steps:
-                        self.save()
-                p.epoch, p.step = p.epoch + 1, 0
+        side, left = SideStream(self.world.device), plan.places(p.epoch, p.step)
+        steps = read_ahead(lambda place: side.run(lambda: self.read(plan, *place)), left)
+        with self.display.stage(plan.stage.name, plan.steps, p.stage_step), contextlib.closing(steps):
+            for (p.epoch, p.step), (step, made), waited in steps:
+                side.receive(step.batches, made)
+                self.step(plan, step, waited)
+                if self.stopping:
+                    return
+                if p.total_step % self.recipe.checkpoint.every == 0 and p.stage_step < plan.steps:
+                    self.save()
 
     def next_stage(self) -> None:
         """Go on from these weights with a fresh optimizer and schedule."""
@@ -150,11 +154,10 @@ class Run:
         if p.stage < len(self.plans):
             self.optimizer = make_optimizer(self.model, self.plans[p.stage].stage.train)
 
-    def step(self, plan: StagePlan) -> None:
+    def step(self, plan: StagePlan, step: Step, waited: float) -> None:
         """One optimizer step: loss = sum over its trained tokens ÷ their number, over all packs and ranks."""
-        p, o, start = self.progress, plan.stage.train, time.perf_counter()
-        trained = plan.trained_tokens(p.epoch, p.step)
-        loss, waited = self.accumulate(plan, trained)
+        p, o, start = self.progress, plan.stage.train, time.perf_counter() - waited
+        loss = self.accumulate(step)
         squares = distributed.squared_norm(self.model) / self.recipe.run.replicas
         total, squares, stops = self.world.sum([loss.item(), squares, float(self.stop.requested)])
         self.stopping = stops > 0
@@ -169,47 +172,44 @@ class Run:
             self.bad_packs.clear()
         else:
             p.skipped += 1
-            self.bad_packs.append(plan.documents(p.epoch, p.step).tolist())
+            self.bad_packs.append(step.documents.tolist())
         self.optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - start
-        self.report(plan, total, grad_norm, rate, trained, seconds, waited)
+        self.report(plan, step, total, grad_norm, rate, seconds, waited)
         p.step, p.stage_step, p.total_step = p.step + 1, p.stage_step + 1, p.total_step + 1
         if len(self.bad_packs) >= NON_FINITE_LIMIT:
             self.give_up(plan)
 
-    def accumulate(self, plan: StagePlan, trained: int) -> tuple[torch.Tensor, float]:
-        """Forward and backward over this rank's packs of the step: its share of the loss, seconds waited for data."""
-        p, gather = self.progress, self.recipe.run.gather
-        loss, waited = torch.zeros((), dtype=torch.float64, device=self.world.device), 0.0
-        packs = plan.micro_steps(p.epoch, p.step, self.world.data_rank, equal=gather == "layer")
-        for i, pack in enumerate(packs):
-            start = time.perf_counter()
-            batch = self.world.part_of(plan.batch(p.epoch, pack, self.world.device))
-            waited += time.perf_counter() - start
-            distributed.last_micro_step(self.model, i == len(packs) - 1, self.recipe.run)
+    def read(self, plan: StagePlan, epoch: int, step: int) -> Step:
+        """This rank's part of a step, in the reader's thread."""
+        equal, world = self.recipe.run.gather == "layer", self.world
+        read = plan.read(epoch, step, world.data_rank, world.device, equal=equal)
+        return replace(read, batches=[world.part_of(batch) for batch in read.batches])
+
+    def accumulate(self, step: Step) -> torch.Tensor:
+        """Forward and backward over this rank's packs of the step: its share of the loss."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i, batch in enumerate(step.batches):
+            distributed.last_micro_step(self.model, i == len(step.batches) - 1, self.recipe.run)
             hidden = self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
-            share = linear_cross_entropy(hidden, self.model.head_weight, batch.labels, reduction="sum") / trained
+            share = linear_cross_entropy(hidden, self.model.head_weight, batch.labels, reduction="sum") / step.trained
             share.backward()
             loss += share.detach()
-        return loss, waited
+        return loss
 
     def report(
-        self, plan: StagePlan, loss: float, norm: float, rate: float, trained: int, seconds: float, waited: float
+        self, plan: StagePlan, step: Step, loss: float, norm: float, rate: float, seconds: float, waited: float
     ) -> None:
-        p, packs = self.progress, plan.epochs[self.progress.epoch]
-        documents = plan.documents(p.epoch, p.step)
-        tokens = int(plan.shards.lengths[documents].sum())
-        count = int(packs.step_offsets[p.step + 1] - packs.step_offsets[p.step])
-        p.tokens, p.seconds = p.tokens + tokens, p.seconds + seconds
+        p = self.progress
+        p.tokens, p.seconds = p.tokens + step.tokens, p.seconds + seconds
         if self.log is None:
             return
         row = {
             "step": p.total_step + 1, "stage": plan.stage.name, "epoch": p.epoch, "stage_step": p.stage_step + 1,
-            "loss": loss, "grad_norm": norm, "lr": rate, "tokens": tokens, "trained_tokens": trained,
-            "tokens_per_s": tokens / seconds, "trained_tokens_per_s": trained / seconds,
-            "mfu": float(plan.flops[documents].sum()) / seconds / self.peak,
-            "fill": tokens / (count * packs.capacity), "balance": packs.balance(p.step),
+            "loss": loss, "grad_norm": norm, "lr": rate, "tokens": step.tokens, "trained_tokens": step.trained,
+            "tokens_per_s": step.tokens / seconds, "trained_tokens_per_s": step.trained / seconds,
+            "mfu": step.flops / seconds / self.peak, "fill": step.fill, "balance": step.balance,
             "memory_bytes": metrics.peak_memory(self.world.device), "wait_s": waited, "step_s": seconds,
             "skipped": p.skipped,
         }  # fmt: skip
