@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench.compare import compare
+from bench.packers import first_fit, knapsacks, trl_bfd
 from dasd_kernels import PackPlan, assemble_pack, plan_packs
 
 MODEL_COST = (24.1e9, 885e3)  # a 4B decoder: FLOPs a token, FLOPs a token squared
@@ -20,22 +21,8 @@ def lognormal(n: int, median: float, capacity: int, seed: int = 0) -> np.ndarray
     return lengths[(lengths >= 1) & (lengths <= capacity)][:n]
 
 
-def trl_bfd(lengths: np.ndarray, capacity: int) -> Callable[[], Any] | str:
-    """TRL's packer, which also moves the tokens: for a fair time the documents must be so short that this is little."""
-    try:
-        import pyarrow as pa
-        from trl.data_utils import _pack_bfd
-    except ImportError as error:
-        return str(error)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.zeros(offsets[-1], dtype=np.int32)))
-    table = pa.table({"input_ids": column})
-    return lambda: _pack_bfd(table, capacity, on_seq_length_overflow="split")
-
-
 def quality(plan: PackPlan) -> dict[str, str]:
-    full_steps = range(max(plan.num_steps - 1, 1))
-    balance = np.mean([plan.balance(step) for step in full_steps])
+    balance = plan.balances[: max(plan.num_steps - 1, 1)].mean()  # without the last step, which is not full
     return {"fill": f"{plan.fill:.3%}", "packs": f"{plan.num_packs:,}", "balance": f"{balance:.4f}"}
 
 
@@ -52,13 +39,42 @@ def test_plan_of_the_released_lengths(benchmark: Any, window: int) -> None:
     benchmark.extra_info["notes"] = quality(plan)
 
 
-def test_plan_beside_trl(benchmark: Any) -> None:
-    lengths = lognormal(20_000, 50, 1024)
+def test_plan_beside_others(benchmark: Any) -> None:
+    """Only fill and time: the others neither balance ranks nor cut steps."""
+    lengths, packs = lognormal(435_000, 13_050, 65_536), {}
+
+    def counted(name: str, pack: Callable[[], int] | str) -> Callable[[], None] | str:
+        return pack if isinstance(pack, str) else lambda: packs.update({name: pack()})
+
     plan = compare(
         benchmark,
-        lambda: plan_packs(lengths, 1024, window=len(lengths)),
-        {"trl bfd": trl_bfd(lengths, 1024)},
-        case=f"plan 20 K documents of mean {lengths.mean():,.0f} into 1,024, one window",
+        lambda: plan_packs(lengths, 65_536, pack_budget=64, ranks=8, cost=MODEL_COST),
+        {
+            name: counted(name, pack)
+            for name, pack in {
+                "TRL, best fit in batches of 1,000": trl_bfd(lengths, 65_536),
+                "first fit in groups of 100 K, as axolotl": lambda: first_fit(lengths, 65_536),
+                "knapsacks in batches of 1,000, as LLaMA-Factory": lambda: knapsacks(lengths, 65_536),
+            }.items()
+        },
+        rounds=3,
+        case="plan 435 K documents into 65,536 beside other packers",
+        work=[len(lengths), "documents"],
+    )
+    benchmark.extra_info["notes"] = quality(plan)
+    for name, count in packs.items():
+        fill = lengths.sum() / (count * 65_536)
+        benchmark.extra_info["peers"][name]["notes"] = {"fill": f"{fill:.3%}", "packs": f"{count:,}"}
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_balance_of_the_released_lengths(benchmark: Any, ranks: int) -> None:
+    """64 packs a step: the share of a step in which the mean rank works."""
+    lengths = lognormal(435_000, 13_050, 65_536)
+    plan = compare(
+        benchmark,
+        lambda: plan_packs(lengths, 65_536, pack_budget=64, ranks=ranks, cost=MODEL_COST),
+        case=f"the same for {ranks} ranks",
         work=[len(lengths), "documents"],
     )
     benchmark.extra_info["notes"] = quality(plan)
