@@ -323,8 +323,10 @@ def report(archs: list[str], only: str = "") -> list[Facts]:
 
 def cuda_kernels(archs: list[str], only: str = "") -> list[Facts]:
     """Facts of the kernels in the compiled CUDA part; none where the package was built without nvcc."""
-    found, module = [], cuda_report.module()
-    for arch in (a for a in archs if module and a.startswith("sm_")):
+    found: list[Facts] = []
+    if (module := cuda_report.module()) is None:
+        return found
+    for arch in (a for a in archs if a.startswith("sm_")):
         for name, machine in cuda_report.read_module(module, arch).items():
             kernel, option = cuda_report.short(name)
             facts = Facts(arch, kernel, "cuda", option, "", machine.regs, machine.stack, machine.spill, machine.shared)

@@ -146,11 +146,20 @@ def test_memory_mapped_shard(tmp_path):
     assert batch.tokens.tolist() == same.tokens.tolist() and batch.labels.tolist() == same.labels.tolist()
 
 
+@pytest.mark.skipif(packing._cuda_module() is None, reason="the package was built without nvcc (DASD_CUDA)")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA driver")
+def test_the_cuda_part_imports_without_cuda_and_says_what_is_missing():
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        packing._cuda_module().write_packs(0, 0, 1, 4, 0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     batch, same = (assemble_pack(TOKENS, OFFSETS, SPANS, [2, 0], 12, device=d) for d in ("cuda", "cpu"))
-    for name in ("tokens", "labels", "positions", "cu_seqlens"):
-        assert getattr(batch, name).is_cuda and getattr(batch, name).tolist() == getattr(same, name).tolist()
+    assert_equal(batch, same)
+    assert batch.tokens.is_cuda
+    resident = assemble_pack(torch.from_numpy(TOKENS).cuda(), OFFSETS, SPANS, [2, 0], 12, device="cuda")
+    assert_equal(resident, same)
 
 
 def spans(*rows):
