@@ -35,6 +35,7 @@ from dasd_engine.distill_config import DistillRecipe, describe, load_distill_rec
 from dasd_engine.distill_stages import Stage, stages_of
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.estimate import assumptions, estimate, find_device
+from dasd_engine.evaluation_report import as_report, levels
 from dasd_engine.questions import read_questions, spread
 from dasd_engine.records import MANIFEST, differences, read_json, write_json
 from dasd_engine.shards import hash_file
@@ -222,6 +223,7 @@ def print_summary(run: Run, known: dict[str, State]) -> None:
     table = Table(title=str(run.out), title_justify="left")
     for name in ("stage", "rows in", "rows out", "tokens", "wall time", "pass@1"):
         table.add_column(name, justify="left" if name == "stage" else "right")
+    said = []
     for stage in run.stages:
         if stage.name not in known:
             continue
@@ -230,11 +232,15 @@ def print_summary(run: Run, known: dict[str, State]) -> None:
         rows_in, rows_out, tokens = _figures(stage.kind, manifest["counts"])
         reports = manifest.get("reports")
         shown = f"{100 * reports[0]['pass_at_1']:.1f} %" if reports else ""
+        said += [f"{stage.name}: {line}" for report in reports or [] for line in levels(as_report(report))]
         table.add_row(stage.name, f"{rows_in:,}", f"{rows_out:,}", f"{tokens:,}", _duration(seconds), shown)
     _print(table)
+    for line in said:
+        print(line)
     exports = [run.out / f"train-{name}" / "export" / name for name in ("mixed", "high", "low")]
     if student := next((path for path in exports if path.is_dir() and f"train-{path.name}" in known), None):
         print(f"the student: {student} (a Hugging Face directory)")
+    print(f"look at it: python -m dasd_engine.report {run.out}")
 
 
 def _figures(kind: str, counts: dict[str, Any]) -> tuple[int, int, int]:
