@@ -13,12 +13,14 @@
 #include <utility>
 #include <vector>
 
+#include "attention/module.hpp"
 #include "decode/module.hpp"
 #include "linear_ce/module.hpp"
 #include "packing/assemble.hpp"
 #include "packing/plan.hpp"
 #include "packing/rows.hpp"
 #include "packing/stage.hpp"
+#include "pointwise/module.hpp"
 
 namespace py = pybind11;
 
@@ -168,6 +170,8 @@ void add_packing(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of dasd_kernels; call them through dasd_kernels.";
   add_packing(m);
+  dasd::add_attention(m);
   dasd::add_decode(m);
   dasd::add_linear_ce(m);
+  dasd::add_pointwise(m);
 }

@@ -1,0 +1,240 @@
+// Loops that the compiler makes vectors of, a copy for each instruction set, chosen when the module is loaded.
+#include "pointwise.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define DASD_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define DASD_CLONES
+#endif
+#define DASD_INLINE inline __attribute__((always_inline))
+
+namespace dasd::pointwise {
+namespace {
+
+using bf16 = uint16_t;
+
+DASD_INLINE float wide(float f) { return f; }
+DASD_INLINE uint32_t bits_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+DASD_INLINE float float_of(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+DASD_INLINE uint32_t round_to_bf16(float f) {  // to nearest even, in the upper half; a NaN stays one
+  const uint32_t bits = bits_of(f), even = bits + 0x7fffu + ((bits >> 16) & 1);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : even;
+}
+DASD_INLINE void narrow(float f, float* out) { *out = f; }
+DASD_INLINE void narrow(float f, bf16* out) { *out = static_cast<bf16>(round_to_bf16(f) >> 16); }
+DASD_INLINE float wide(bf16 h) { return float_of(static_cast<uint32_t>(h) << 16); }
+template <class T>
+DASD_INLINE float rounded(float f) {
+  return sizeof(T) == 4 ? f : float_of(round_to_bf16(f) & 0xffff0000u);
+}
+
+DASD_INLINE float sigmoid(float x) {  // to 3e-7; 2^f as in linear_ce/epilogue.hpp
+  float u = x * -1.44269504f;
+  u = u < -126.f ? -126.f : u;
+  u = u > 126.f ? 126.f : u;
+  const float n = (u + 0x1.8p23f) - 0x1.8p23f, f = u - n;
+  float p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
+  return 1.f / (1.f + p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23));
+}
+
+constexpr int64_t kSums = 16;  // independent sums, so that they can be lanes
+
+template <class T>
+DASD_INLINE float mean_square(const T* x, int64_t width) {
+  float sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= width; i += kSums)
+    for (int64_t l = 0; l < kSums; ++l) sums[l] += wide(x[i + l]) * wide(x[i + l]);
+  for (int64_t l = 0; i + l < width; ++l) sums[l] += wide(x[i + l]) * wide(x[i + l]);
+  float total = 0.f;
+  for (float sum : sums) total += sum;
+  return total / static_cast<float>(width);
+}
+
+template <class T>
+DASD_INLINE void norm_rows(const Norm& norm, float eps, void* y_, float* rstd, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(norm.weight);
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = static_cast<const T*>(norm.x) + r * norm.width;
+    T* y = static_cast<T*>(y_) + r * norm.width;
+    const float factor = 1.f / std::sqrt(mean_square(x, norm.width) + eps);
+    rstd[r] = factor;
+    for (int64_t i = 0; i < norm.width; ++i) narrow(wide(x[i]) * factor * wide(weight[i]), y + i);
+  }
+}
+
+// dx = rstd (w dy - x rstd² mean(w dy x)), dweight += dy x rstd
+template <class T>
+DASD_INLINE void norm_rows_backward(const Norm& norm, const float* rstd, const void* dy_, void* dx_, float* dweight,
+                                    int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(norm.weight);
+  for (int64_t r = begin; r < end; ++r) {
+    const T *x = static_cast<const T*>(norm.x) + r * norm.width, *dy = static_cast<const T*>(dy_) + r * norm.width;
+    T* dx = static_cast<T*>(dx_) + r * norm.width;
+    const float factor = rstd[r];
+    float sums[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums <= norm.width; i += kSums)
+      for (int64_t l = 0; l < kSums; ++l) sums[l] += wide(x[i + l]) * wide(dy[i + l]) * wide(weight[i + l]);
+    for (int64_t l = 0; i + l < norm.width; ++l) sums[l] += wide(x[i + l]) * wide(dy[i + l]) * wide(weight[i + l]);
+    float total = 0.f;
+    for (float sum : sums) total += sum;
+    const float along = total * factor * factor / static_cast<float>(norm.width);
+    for (i = 0; i < norm.width; ++i) {
+      dweight[i] += wide(dy[i]) * wide(x[i]) * factor;
+      narrow(factor * (wide(dy[i]) * wide(weight[i]) - wide(x[i]) * along), dx + i);
+    }
+  }
+}
+
+template <class T>
+DASD_INLINE void swiglu_part(const T* gate, const T* up, T* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow(rounded<T>(wide(gate[i]) * sigmoid(wide(gate[i]))) * wide(up[i]), y + i);
+}
+
+template <class T>
+DASD_INLINE void swiglu_part_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = wide(gate[i]), s = sigmoid(g), d = wide(dy[i]);
+    narrow(d * rounded<T>(g * s), dup + i);
+    narrow(d * wide(up[i]) * s * (1.f + g * (1.f - s)), dgate + i);
+  }
+}
+
+template <class T>
+DASD_INLINE void rotate_token(const T* x, const float* cos, const float* sin, float sign, T* y, int64_t heads, int64_t half) {
+  for (int64_t h = 0; h < heads; ++h, x += 2 * half, y += 2 * half)
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = wide(x[i]), b = wide(x[i + half]), s = sign * sin[i];
+      narrow(a * cos[i] - b * s, y + i);
+      narrow(b * cos[i] + a * s, y + i + half);
+    }
+}
+
+// The entries below are what is compiled once an instruction set; everything above is inlined into them.
+DASD_CLONES void norm_part(const Norm& n, float eps, void* y, float* rstd, int64_t begin, int64_t end) {
+  if (n.bf16) norm_rows<bf16>(n, eps, y, rstd, begin, end);
+  else norm_rows<float>(n, eps, y, rstd, begin, end);
+}
+
+DASD_CLONES void norm_part_backward(const Norm& n, const float* rstd, const void* dy, void* dx, float* dweight,
+                                    int64_t begin, int64_t end) {
+  if (n.bf16) norm_rows_backward<bf16>(n, rstd, dy, dx, dweight, begin, end);
+  else norm_rows_backward<float>(n, rstd, dy, dx, dweight, begin, end);
+}
+
+DASD_CLONES void swiglu_bf16(const bf16* gate, const bf16* up, bf16* y, int64_t n) { swiglu_part(gate, up, y, n); }
+DASD_CLONES void swiglu_fp32(const float* gate, const float* up, float* y, int64_t n) { swiglu_part(gate, up, y, n); }
+DASD_CLONES void swiglu_bf16_backward(const bf16* gate, const bf16* up, const bf16* dy, bf16* dgate, bf16* dup, int64_t n) {
+  swiglu_part_backward(gate, up, dy, dgate, dup, n);
+}
+DASD_CLONES void swiglu_fp32_backward(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n) {
+  swiglu_part_backward(gate, up, dy, dgate, dup, n);
+}
+DASD_CLONES void rotate_bf16(const bf16* x, const float* cos, const float* sin, float sign, bf16* y, int64_t heads, int64_t half) {
+  rotate_token(x, cos, sin, sign, y, heads, half);
+}
+DASD_CLONES void rotate_fp32(const float* x, const float* cos, const float* sin, float sign, float* y, int64_t heads, int64_t half) {
+  rotate_token(x, cos, sin, sign, y, heads, half);
+}
+DASD_CLONES double squares_part(const float* x, int64_t count) {
+  double sums[kSums] = {}, total = 0.;
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t l = 0; l < kSums; ++l) sums[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
+  for (; i < count; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+constexpr int64_t kBlock = 1 << 14;  // elements a thread takes at a time
+
+template <class Body>
+void in_blocks(int64_t count, int threads, Body body) {
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 1)
+  for (int64_t b = 0; b < blocks; ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock) - b * kBlock);
+}
+
+}  // namespace
+
+void rms_norm(const Norm& norm, float eps, void* y, float* rstd, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (norm.rows * norm.width > kBlock)
+  for (int64_t p = 0; p < kNormParts; ++p)
+    norm_part(norm, eps, y, rstd, norm.rows * p / kNormParts, norm.rows * (p + 1) / kNormParts);
+}
+
+void rms_norm_backward(const Norm& norm, const float* rstd, const void* dy, void* dx, void* dweight, float* partial,
+                       int threads) {
+  std::memset(partial, 0, sizeof(float) * kNormParts * static_cast<size_t>(norm.width));
+#pragma omp parallel for num_threads(threads) schedule(static) if (norm.rows * norm.width > kBlock)
+  for (int64_t p = 0; p < kNormParts; ++p)
+    norm_part_backward(norm, rstd, dy, dx, partial + p * norm.width, norm.rows * p / kNormParts,
+                       norm.rows * (p + 1) / kNormParts);
+  for (int64_t i = 0; i < norm.width; ++i) {
+    float sum = 0.f;
+    for (int64_t p = 0; p < kNormParts; ++p) sum += partial[p * norm.width + i];
+    if (norm.bf16) narrow(sum, static_cast<bf16*>(dweight) + i);
+    else static_cast<float*>(dweight)[i] = sum;
+  }
+}
+
+void swiglu(const void* gate, const void* up, void* y, int64_t count, bool half, int threads) {
+  in_blocks(count, threads, [=](int64_t at, int64_t n) {
+    if (half) swiglu_bf16(static_cast<const bf16*>(gate) + at, static_cast<const bf16*>(up) + at, static_cast<bf16*>(y) + at, n);
+    else swiglu_fp32(static_cast<const float*>(gate) + at, static_cast<const float*>(up) + at, static_cast<float*>(y) + at, n);
+  });
+}
+
+void swiglu_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t count, bool half,
+                     int threads) {
+  in_blocks(count, threads, [=](int64_t at, int64_t n) {
+    if (half) {
+      swiglu_bf16_backward(static_cast<const bf16*>(gate) + at, static_cast<const bf16*>(up) + at,
+                           static_cast<const bf16*>(dy) + at, static_cast<bf16*>(dgate) + at, static_cast<bf16*>(dup) + at, n);
+    } else {
+      swiglu_fp32_backward(static_cast<const float*>(gate) + at, static_cast<const float*>(up) + at,
+                           static_cast<const float*>(dy) + at, static_cast<float*>(dgate) + at, static_cast<float*>(dup) + at, n);
+    }
+  });
+}
+
+void rotate(const void* x, int64_t stride, const float* cos, const float* sin, float sign, void* y, int64_t tokens,
+            int64_t heads, int64_t half, bool is_bf16, int threads) {
+  const int64_t row = heads * 2 * half;
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * row > kBlock)
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (is_bf16) rotate_bf16(static_cast<const bf16*>(x) + t * stride, cos + t * half, sin + t * half, sign,
+                             static_cast<bf16*>(y) + t * row, heads, half);
+    else rotate_fp32(static_cast<const float*>(x) + t * stride, cos + t * half, sin + t * half, sign,
+                     static_cast<float*>(y) + t * row, heads, half);
+  }
+}
+
+double sum_of_squares(const float* x, int64_t count, int threads) {
+  std::vector<double> sums(static_cast<size_t>((count + kBlock - 1) / kBlock));
+  in_blocks(count, threads, [&](int64_t at, int64_t n) { sums[static_cast<size_t>(at / kBlock)] = squares_part(x + at, n); });
+  double total = 0.;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace dasd::pointwise

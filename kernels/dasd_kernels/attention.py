@@ -1,0 +1,115 @@
+"""Causal attention inside documents on a CPU with AVX512-BF16, forward and backward (csrc/attention).
+
+    out = document_attention(q, k, v, lengths)          # [T, H, K], [T, G, K], [T, G, K] -> [T, H, K]
+
+torch's own attention on a CPU is called a document at a time; this takes the whole pack, bf16 as it lies, and skips what
+the mask hides. docs/dev/LOG.md has both times.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from dasd_kernels import _C
+except ImportError:  # a source tree that was not built
+    _C = None  # type: ignore[assignment]
+
+
+def supported(q: Tensor) -> bool:
+    """Whether `document_attention` can take these queries [T, H, K]: bf16, K a multiple of 64, on such a CPU."""
+    here = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % 64 == 0
+    return here and _C is not None and _C.attention_supported()
+
+
+def document_attention(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: tuple[int, ...], *, scale: float | None = None
+) -> Tensor:
+    """Causal attention inside each document: bf16 [T, H, K].
+
+    `q_THK` [T, H, K]; `k_TGK`, `v_TGK` [T, G, K], H a multiple of G, all bf16 with K a multiple of 64; `lengths` of
+    the documents, whose sum is T; `scale` multiplies the scores, by default 1/sqrt(K). Probabilities and their
+    gradients are rounded to bf16 between products, all sums are fp32. A document's results depend on nothing beside it.
+
+    ValueError for other shapes, dtypes or lengths.
+    """
+    tokens, heads, width = q_THK.shape
+    groups = k_TGK.shape[1]
+    if k_TGK.shape != (tokens, groups, width) or v_TGK.shape != k_TGK.shape or heads % groups or width % 64:
+        raise ValueError(
+            f"q [T, H, K] and k, v [T, G, K], H a multiple of G and K of 64, are {list(q_THK.shape)}, "
+            f"{list(k_TGK.shape)}, {list(v_TGK.shape)}"
+        )
+    if any(x.dtype != torch.bfloat16 for x in (q_THK, k_TGK, v_TGK)):
+        raise ValueError(f"q, k, v must be bf16, are {q_THK.dtype}, {k_TGK.dtype}, {v_TGK.dtype}")
+    if sum(lengths) != tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"lengths {lengths} do not add up to the pack's {tokens} tokens")
+    return attend(q_THK, k_TGK, v_TGK, list(lengths), width**-0.5 if scale is None else scale)[0]
+
+
+@torch.library.custom_op("dasd_kernels::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    """(out [T, H, K] bf16, lse [H, T] fp32)."""
+    q, k, v = (readable(x) for x in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    _C.attention_forward(
+        lengths, shape(q, k, scale), where(q), where(k), where(v), where(out), lse.data_ptr(), torch.get_num_threads()
+    )
+    return out, lse
+
+
+@attend.register_fake
+def _(q, k, v, lengths, scale):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("dasd_kernels::attend_backward", mutates_args=())
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, lengths: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq [T, H, K], dk, dv [T, G, K]), bf16."""
+    q, k, v, out, dout = (readable(x) for x in (q, k, v, out, dout))
+    dq, dk, dv = gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    partial = q.new_empty(2, q.shape[1], q.shape[0], q.shape[2], dtype=torch.float32)
+    _C.attention_backward(
+        lengths, shape(q, k, scale), tuple(map(where, (q, k, v, out, dout))), lse.data_ptr(),
+        tuple(map(where, gradients)), partial.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@attend_backward.register_fake
+def _(q, k, v, out, lse, dout, lengths, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` itself where its heads' rows are contiguous and even steps apart, else a copy."""
+    return x if x.stride(2) == 1 and x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0 else x.contiguous()
+
+
+def where(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def shape(q: Tensor, k: Tensor, scale: float) -> tuple[int, int, int, float]:
+    return q.shape[1], k.shape[1], q.shape[2], scale
+
+
+def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.lengths, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 5
+    return *attend_backward(*ctx.saved_tensors, dout, ctx.lengths, ctx.scale), None, None
+
+
+attend.register_autograd(backward, setup_context=setup_context)
