@@ -36,12 +36,12 @@ class Corpus:
 
     def lengths(self, begin: int, end: int) -> Ints:
         """Tokens of the documents begin..end-1."""
-        parts = [
-            np.diff(one.offsets[max(begin - first, 0) : end - first + 1])
-            for one, first in zip(self.sets, self.first.tolist(), strict=False)
-            if first < end and begin < first + len(one)
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        parts = [np.empty(0, dtype=np.int64)]
+        for s in range(int(np.searchsorted(self.first, begin, side="right")) - 1, len(self.sets)):
+            if (first := int(self.first[s])) >= end:
+                break
+            parts.append(np.diff(self.sets[s].offsets[max(begin - first, 0) : end - first + 1]))
+        return np.concatenate(parts)
 
     def pieces(self) -> Iterator[tuple[int, Ints]]:
         """(number of the first document, lengths) of `PIECE` documents at a time."""

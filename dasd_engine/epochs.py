@@ -5,11 +5,15 @@ neighbours, so that reading stays sequential; the runs are shuffled by (seed, ep
 block is planned like a small set, its documents shuffled among each other. A block's last step may have fewer packs
 than the others, as an epoch's last step may.
 
-Planning holds some 100 bytes a document of a block, for each of `WORKERS` blocks at a time and of the two blocks that
-are kept: 400 MB at most. Everything is a pure function of the lengths, the arguments and (seed, epoch).
+The steps must be known before the first, so every block is packed once to be counted. Only an epoch's first block is
+planned to the end there; of the others their number of packs and the lengths of their documents go into the digest.
+
+Planning holds about 100 bytes a document of a block, for `WORKERS` blocks at a time and one block that is kept.
+Everything is a pure function of the lengths, the arguments and (seed, epoch).
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +25,7 @@ from dasd_engine.corpus import Corpus, Ints
 from dasd_kernels import PackPlan, plan_packs
 
 BLOCK = 1 << 20  # documents
-RUN = 1 << 10
+RUN = 1 << 12
 WORKERS = min(2, os.cpu_count() or 1)
 
 
@@ -32,7 +36,7 @@ class Totals:
     packs: int
     steps: int
     tokens: int
-    balance: float  # summed over the steps
+    balance: float  # mean over the steps of a first block, else 0
     digest: str
     blank: Ints  # documents of its first step without a trained token; empty: there is none
 
@@ -66,30 +70,42 @@ class EpochPlan:
         ones = np.ones(-(-len(self.corpus) // self.packing.run), dtype=np.int64)
         return plan_packs(ones, 1, seed=self.packing.seed, epoch=self.epoch).docs
 
+    def _ranges(self, block: int) -> list[tuple[int, int]]:
+        """The runs of a block, (first document, one past the last) each."""
+        if len(self.runs) == 1:
+            return [(0, len(self.corpus))]
+        begins = np.sort(self.runs[block]) * self.packing.run
+        return [(begin, min(begin + self.packing.run, len(self.corpus))) for begin in begins.tolist()]
+
+    def _pack(self, block: int, ranges: list[tuple[int, int]], ranks: int) -> tuple[Ints, PackPlan]:
+        """The lengths of a block's documents and their packs, documents numbered in the block."""
+        p, lengths = self.packing, np.concatenate([self.corpus.lengths(*pair) for pair in ranges])
+        epoch = self.epoch + (block << 32)  # a block has its own order
+        return lengths, plan_packs(
+            lengths, p.capacity, pack_budget=p.pack_budget, ranks=ranks, seed=p.seed, epoch=epoch, cost=p.cost
+        )
+
     def plan_block(self, block: int) -> PackPlan:
         """The packs of a block, their documents numbered as in the corpus."""
-        p, runs, length = self.packing, np.sort(self.runs[block]), self.packing.run
-        if len(self.runs) == 1:
-            runs, length = runs[:1], len(self.corpus)
-        ranges = [(begin, min(begin + length, len(self.corpus))) for begin in (runs * length).tolist()]
-        lengths = np.concatenate([self.corpus.lengths(*pair) for pair in ranges])
-        plan = plan_packs(
-            lengths, p.capacity, pack_budget=p.pack_budget, ranks=p.ranks, seed=p.seed,
-            epoch=self.epoch + (block << 32), cost=p.cost,
-        )  # fmt: skip
+        ranges = self._ranges(block)
+        _, plan = self._pack(block, ranges, self.packing.ranks)
         if len(self.runs) == 1:
             return plan
         return replace(plan, docs=np.concatenate([np.arange(*pair) for pair in ranges])[plan.docs])
 
     def count(self, block: int, untrained: Ints) -> Totals:
-        plan = self.plan_block(block)
         blank = np.empty(0, dtype=np.int64)
+        if block and not len(untrained):
+            lengths, plan = self._pack(block, self._ranges(block), 1)
+            digest = hashlib.sha256(f"{plan.num_packs}\n".encode() + np.ascontiguousarray(lengths, "<i8").tobytes()).hexdigest()
+            return Totals(plan.num_packs, plan.num_steps, int(lengths.sum()), 0.0, digest, blank)
+        plan = self.plan_block(block)
         if len(untrained):
             trains = ~np.isin(plan.docs, untrained)
             begins = plan.pack_offsets[plan.step_offsets[:-1]]
             if not (some := np.add.reduceat(trains, begins, dtype=np.int64) > 0).all():
                 blank = _documents(plan, int(np.argmin(some)))
-        tokens, balance = int(plan.tokens.sum()), float(plan.balances.sum())
+        tokens, balance = int(plan.tokens.sum()), float(plan.balances.mean())
         return Totals(plan.num_packs, plan.num_steps, tokens, balance, plan.digest, blank)
 
     def finish(self, totals: list[Totals]) -> None:
@@ -111,8 +127,8 @@ class EpochPlan:
 
     @property
     def balance(self) -> float:
-        """Mean over max of the ranks' costs, averaged over the steps."""
-        return sum(t.balance for t in self.totals) / self.num_steps
+        """Mean over max of the ranks' costs, averaged over the steps of the first block."""
+        return self.totals[0].balance
 
     @property
     def digest(self) -> str:
