@@ -17,7 +17,7 @@ from dasd_engine.epochs import EpochPlan, Packing, count_epochs
 from dasd_engine.errors import InputError
 from dasd_engine.metrics import document_flops, flop_coefficients
 from dasd_engine.model import ModelConfig
-from dasd_kernels import PackedBatch, assemble_packs
+from dasd_kernels import PackedBatch, PackPlan, assemble_packs
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,16 @@ class StagePlan:
     def micro_steps(self, epoch: int, step: int, rank: int, *, equal: bool) -> list[np.ndarray]:
         """The documents of each pack that `rank` runs in a step; none makes a pack without trained tokens.
 
-        Ranks that meet at every layer (`equal`) need equally many; others need at least one, to meet at the end.
+        Ranks that meet at every layer (`equal`) need equally many, and alike ones at a time; others need at least one,
+        to meet at the end.
         """
         plan, step = self.epochs[epoch].plan(step)
-        mine = [plan.documents(pack) for pack in plan.packs_of(step, rank)]
-        count = max(len(plan.packs_of(step, r)) for r in range(plan.ranks)) if equal else 1
-        return mine + [np.empty(0, dtype=np.int64)] * (count - len(mine))
+        if not equal:
+            mine, count = plan.packs_of(step, rank), 1
+        else:
+            dearest = _dearest_first(plan, step)
+            mine, count = dearest[rank :: plan.ranks].tolist(), -(-len(dearest) // plan.ranks)
+        return [plan.documents(pack) for pack in mine] + [np.empty(0, dtype=np.int64)] * (count - len(mine))
 
     def read(self, epoch: int, step: int, rank: int, device: torch.device, *, equal: bool) -> Step:
         """A step with this rank's packs on `device`. Called in the reader's thread, ahead of the training."""
@@ -78,7 +82,17 @@ class StagePlan:
         tokens, count = int(lengths.sum()), int(plan.step_offsets[place + 1] - plan.step_offsets[place])
         flops = float(document_flops(self.config, lengths, trained).sum())
         fill = tokens / (count * plan.capacity)
-        return Step(batches, documents, tokens, int(trained.sum()), flops, fill, plan.balance(place))
+        balance = plan.balance(place)
+        if equal:  # they wait for the dearest pack of each micro-step
+            cost = plan.cost[_dearest_first(plan, place)]
+            balance = float(cost.sum() / (plan.ranks * cost[:: plan.ranks].sum()))
+        return Step(batches, documents, tokens, int(trained.sum()), flops, fill, balance)
+
+
+def _dearest_first(plan: PackPlan, step: int) -> np.ndarray:
+    """The packs of a step by falling cost."""
+    begin, end = plan.step_offsets[step : step + 2]
+    return begin + np.argsort(-plan.cost[begin:end], kind="stable")
 
 
 def _joined(batch: PackedBatch) -> PackedBatch:

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from runs import environment, rows, run, run_here, write_recipe, write_student
 
+from dasd_engine.config import load_recipe
+from dasd_engine.corpus import Corpus
+from dasd_engine.metrics import flop_coefficients
+from dasd_engine.model_config import read_config
+from dasd_engine.plan import plan_stage
 from dasd_engine.shards import ShardWriter
 
 
@@ -27,30 +33,39 @@ def test_the_traffic_of_a_step(tmp_path):
     }
 
 
-def test_ranks_have_packs_unequal_in_number_and_equal_in_cost(tmp_path):
-    """One document of 512 tokens costs as much attention as 64 of 64: its rank has fewer packs, and the step is one."""
-    write_student(tmp_path / "student", hidden_size=8, intermediate_size=8, head_dim=32)  # little but attention
-    lengths = [512] + [64] * 96
+@pytest.fixture
+def planned(tmp_path):
+    """(recipe, plan for two ranks): a step of a pack that one document fills, and of 12 that hold eight each."""
+    student = write_student(tmp_path / "student", hidden_size=8, intermediate_size=8, head_dim=32)  # attention, mostly
     rng = np.random.default_rng(0)
     with ShardWriter(tmp_path / "data0") as writer:
-        for i, length in enumerate(lengths):
+        for i, length in enumerate([512] + [64] * 96):
             writer.add(rng.integers(0, 61, length), [(length // 2, length)], {"line": i})
         writer.close({})
     recipe = write_recipe(tmp_path, context=512, packs_per_step=13, epochs=1)
-
-    from dasd_engine.config import load_recipe
-    from dasd_engine.model_config import read_config
-    from dasd_engine.plan import plan_stage
-    from dasd_engine.shards import Shards
-
     loaded = load_recipe(recipe)
-    plan = plan_stage(loaded, loaded.stages[0], Shards.open(tmp_path / "data0"), read_config(tmp_path / "student"), 2)
-    (packs,) = plan.epochs
-    counts = sorted(len(packs.packs_of(0, rank)) for rank in range(2))
-    assert packs.num_steps == 1 and sum(counts) == 13 and counts[0] < counts[1]
-    assert packs.balance(0) > 0.95
+    return recipe, plan_stage(loaded, loaded.stages[0], Corpus.open([tmp_path / "data0"]), read_config(student), 2)
+
+
+def test_ranks_have_packs_unequal_in_number_and_equal_in_cost(planned, tmp_path):
+    recipe, plan = planned
+    packs = [plan.micro_steps(0, 0, rank, equal=False) for rank in range(2)]
+    assert plan.steps == 1 and sorted(map(len, packs)) == [4, 9]
+    assert plan.read(0, 0, 0, torch.device("cpu"), equal=False).balance > 0.95
 
     one = run_here(recipe, f"out={tmp_path}/one")
     done = run(recipe, "run.compute=fp32", "run.gather=step", ranks=2)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(rows(one)[0]["loss"], rel=1e-5)
+
+
+def test_ranks_that_meet_at_every_layer_have_alike_packs(planned):
+    _, plan = planned
+    first, second = (plan.micro_steps(0, 0, rank, equal=True) for rank in range(2))
+    assert len(first) == len(second) == 7 and len(second[-1]) == 0
+    assert sorted(np.concatenate([*first, *second])) == list(range(97))
+    assert first[0].tolist() == [0]  # the dearest comes first, and only one of the seven meetings waits for it
+    c, a, _ = flop_coefficients(plan.config)
+    small, large = c * 512 + a * 8 * 64**2, c * 512 + a * 512**2
+    expected = (large + 12 * small) / (2 * (large + 6 * small))
+    assert plan.read(0, 0, 1, torch.device("cpu"), equal=True).balance == pytest.approx(expected)
