@@ -22,7 +22,7 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: f
     out = torch.empty_like(x_TD)
     delta = 0 if delta_TD is None else delta_TD.data_ptr()
     _C.decode_add_rms_norm(
-        name, x_TD.data_ptr(), delta, weight_D.data_ptr(), out.data_ptr(), *x_TD.shape, eps, *_how(x_TD)
+        name, x_TD.data_ptr(), delta, weight_D.data_ptr(), out.data_ptr(), len(x_TD), x_TD.shape[1], eps, *_how(x_TD)
     )  # fmt: skip
     return out
 
@@ -67,7 +67,7 @@ def swiglu(gate_up: Tensor, name: str = "") -> Tensor:
     """silu(gate) * up of [T, 2 width], the gates first."""
     assert gate_up.is_contiguous()
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    _C.decode_swiglu(name, gate_up.data_ptr(), *out.shape, out.data_ptr(), *_how(gate_up))
+    _C.decode_swiglu(name, gate_up.data_ptr(), len(out), out.shape[1], out.data_ptr(), *_how(gate_up))
     return out
 
 
