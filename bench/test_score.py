@@ -1,4 +1,5 @@
-"""Score: the command's whole path beside plain forwards of the same packs, the sentence splitter, the alignment.
+"""Score: the command's whole path beside plain forwards of the same packs, the sentence splitter, the alignment; and
+select, as far as it goes with sentences (its responses are short), with the filters apart.
 
 The student has the shape of SmolLM2-135M and random weights, which take the same time; DASD_BENCH_STUDENT names a
 Hugging Face directory to take instead. The path reads candidates.jsonl, tokenises, splits, aligns, computes and
@@ -26,11 +27,13 @@ from dasd_engine import distributed
 from dasd_engine.align import Spelling, assign, from_ends
 from dasd_engine.chat import Chat
 from dasd_engine.config import RunOptions
+from dasd_engine.filters import examine
 from dasd_engine.hf import init_weights, load_model, save_model
 from dasd_engine.model import Decoder
 from dasd_engine.model_config import read_config
 from dasd_engine.scorable import Preparer, Scorable
 from dasd_engine.score import Job
+from dasd_engine.select import select
 from dasd_engine.sentence_scores import Scorer
 from dasd_engine.sentences import is_marker, merge_short, split
 from dasd_engine.tokens import TextEncoder
@@ -176,3 +179,47 @@ def test_align(benchmark: Any) -> None:
 
     compare(benchmark, align, rounds=5, case=f"align {size / 1e6:.0f} MB, two models", work=[size / 1e6, "MB"])
     benchmark.extra_info["notes"] = {"tokens": f"{sum(len(ids) for _, ids, *_ in documents):,} a model"}
+
+
+def write_scored(path: Path, responses: int, sentences: int) -> Path:
+    """Finished directories of sample and score: 8 candidates a question, so many sentences each, short texts."""
+    r = random.Random(0)
+    for name in ("candidates", "scores"):
+        (path / name).mkdir(parents=True)
+    candidates, scores = path / "candidates" / "candidates.jsonl", path / "scores" / "scores.jsonl"
+    with open(candidates, "w") as texts, open(scores, "w") as rows:
+        for i in range(responses):
+            head = {"id": f"q{i // 8}", "candidate": i % 8, "temperature": 0.6}
+            said = {"messages": [{"role": "user", "content": f"{i // 8}?"}], "text": f"<think>{i}</think>{i}"}
+            texts.write(json.dumps({**head, **said, "finish_reason": "stop"}) + "\n")
+            spans = []
+            for begin in range(0, 100 * sentences, 100):
+                p = [float(f"{r.random():.7g}") for _ in range(2)]
+                spans.append([begin, begin + 100, *p, r.randint(5, 60), r.randint(5, 60)])
+            tokens = r.randint(9_000, 18_000)
+            score = {"source": i + 1, "teacher_tokens": tokens, "student_tokens": tokens, "sentences": spans}
+            rows.write(json.dumps({**head, **score}) + "\n")
+    (path / "scores" / "manifest.json").write_text(json.dumps({"candidates": str(path / "candidates")}))
+    return path / "scores"
+
+
+def test_select(benchmark: Any, tmp_path: Path) -> None:
+    """The command: reads, types, chooses by every rule, reports and writes."""
+    responses, sentences = 2_000, 500
+    scores, runs = write_scored(tmp_path, responses, sentences), iter(range(99))
+    compare(
+        benchmark, lambda: select(scores, tmp_path / f"out{next(runs)}", quiet=True), rounds=5,
+        case=f"select among {responses:,} responses of {sentences} sentences",
+        work=[responses * sentences, "sentences"],
+    )  # fmt: skip
+
+
+def test_filters(benchmark: Any) -> None:
+    r = random.Random(0)
+    texts = [response(r, 60_000) for _ in range(100)]
+
+    def look() -> None:
+        for text in texts:
+            assert examine(text, finish_reason="stop", tokens=15_000, stop_tokens=["<|im_end|>"])[1] is None
+
+    compare(benchmark, look, rounds=5, case="filter 100 responses of 60 KB", work=[len(texts), "responses"])
