@@ -111,7 +111,7 @@ def test_reasoning_gym_judges_its_own_tasks_and_only_the_full_score_is_right():
     assert chain.task == "chain_sum" and chain.question.id == "chain_sum-0-0"
     assert chain.judge(f"The answer is {expected}.") and not chain.judge(f"{expected}0")
     assert not chain.judge(f"{expected} and 7 more")  # reasoning-gym gives part of a point for this
-    assert countdown.judge(f"(({countdown.question.answer}))") and not countdown.judge("1 + 1")  # any expression will do
+    assert countdown.judge(f"(({countdown.question.answer}))") and not countdown.judge("1 + 1")  # any way
 
 
 @pytest.mark.parametrize(
