@@ -22,7 +22,7 @@ from dasd_engine.teachers import (
     name_and_revision,
 )
 
-_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class VllmTeacher:
@@ -38,15 +38,18 @@ class VllmTeacher:
         self._chat = TeacherChat(options.path)
         self._batch_size = options.batch_size
         self._vllm: Any = vllm
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"dtype": _DTYPES.get(options.dtype, "auto")}
         if options.max_model_len:
             arguments["max_model_len"] = options.max_model_len
         if torch.cuda.is_available():
             arguments["gpu_memory_utilization"] = options.gpu_memory
         else:
             arguments["enforce_eager"] = True  # compiling takes minutes on a CPU
+            arguments["enable_chunked_prefill"] = False  # vLLM 0.32 dies of a seeded request whose prompt is split
+            if options.dtype == "auto":
+                arguments["dtype"] = "float32"
         self._llm: Any = vllm.LLM(
-            options.path, dtype=_DTYPES[options.dtype], max_num_seqs=options.batch_size, logprobs_mode="raw_logprobs",
+            options.path, max_num_seqs=options.batch_size, logprobs_mode="raw_logprobs",
             tensor_parallel_size=options.tensor_parallel, **arguments,
         )  # fmt: skip
         self._engine = self._llm.llm_engine
