@@ -13,8 +13,8 @@ import numpy as np
 
 
 def trl_bfd(lengths: np.ndarray, capacity: int, rows: int = 1000) -> Callable[[], int] | str:
-    """TRL's best fit decreasing, in batches of 1,000 rows as `datasets.map` calls it. It also moves the tokens; they are
-    nulls here, of no bytes, but its time includes what it does with them."""
+    """TRL's best fit decreasing, in batches of 1,000 rows as `datasets.map` calls it. It moves the tokens too: they are
+    nulls here, of no bytes; its time includes what it does with them."""
     try:
         import pyarrow as pa
         from trl.data_utils import _pack_bfd
