@@ -126,6 +126,8 @@ _SECTIONS: dict[str, type] = {
     "evaluate": EvaluateOptions,
 }
 _TOP = ("seed", "out", "stage", *_SECTIONS)
+# Sections of dasd_engine.distill, which are not looked at here: one recipe may serve both.
+_DISTILL = ("teacher", "sample", "score", "select", "filters", "mix", "low", "high", "mixed")
 
 
 def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -136,12 +138,13 @@ def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recip
     """
     path = Path(path)
     table = read_table(path, overrides, "no such recipe; the packaged one runs with no argument at all")
-    check_keys(table, _TOP, str(path), "")
+    check_keys(table, (*_TOP, *_DISTILL), str(path), "")
     train = table.get("train", {})
     build(TrainOptions, train, str(path), "train")  # its errors name [train], not the stages that inherit from it
     stages = table.get("stage", [])
     if not isinstance(stages, list) or not stages:
-        raise InputError(f"{path}: no [[stage]]; a recipe needs at least one, with `name` and `data`")
+        other = "; recipes with [sample] are run by python -m dasd_engine.distill" if "sample" in table else ""
+        raise InputError(f"{path}: no [[stage]]; a recipe needs at least one, with `name` and `data`{other}")
     sections: dict[str, Any] = {
         name: build(cls, table.get(name, {}), str(path), name) for name, cls in _SECTIONS.items() if name != "train"
     }

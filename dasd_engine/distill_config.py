@@ -159,11 +159,7 @@ def load_distill_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) 
     """Read a recipe and apply `section.key=value` overrides. InputError naming file, key and the nearest known key."""
     path = Path(path)
     table = read_table(path, overrides)
-    if "stage" in table:
-        raise InputError(
-            f"{path}: [[stage]] is train's; the stages here are [low], [high] and [mixed], with train's keys"
-        )
-    check_keys(table, _TOP, str(path), "")
+    check_keys(table, (*_TOP, "stage"), str(path), "")  # [[stage]] is train's: one recipe may serve both
     train = table.get("train", {})
     build(TrainOptions, train, str(path), "train")
     stages = {}

@@ -66,6 +66,7 @@ def test_overrides(recipe, override, read):
     ("override", "words"),
     [
         ("train.learning_rate=1", ["unknown key 'train.learning_rate'", "did you mean"]),
+        ("sampel.limit=1", ["unknown key 'sampel'", "did you mean 'sample'"]),
         ("trian.lr=1", ["unknown key 'trian'", "did you mean 'train'"]),
         ("stage.0.epoch=1", ["unknown key 'stage.0.epoch'", "'epochs'"]),
         ("train.epochs=two", ["epochs = 'two'", "whole number"]),

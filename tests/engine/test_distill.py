@@ -266,7 +266,6 @@ def test_hours_are_flops_over_the_peak_and_the_assumed_utilisation():
         ("teacher.urls=3", "teacher.urls = 3: must be a list"),
         ("mix.markers=xml", "must be one of 'think', 'harmony'"),
         ("ranks=0", "ranks = 0 is out of range"),
-        ("stage=1", r"\[\[stage\]\] is train's"),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_runs(tmp_path, override, message):
