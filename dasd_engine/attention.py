@@ -5,7 +5,7 @@
 | "varlen" | `torch.nn.attention.varlen.varlen_attn`: FA2, or FA3/FA4 where installed | CUDA, fp16 or bf16 |
 | "flash" | `flash_attn_varlen_func` of the flash-attn package | CUDA, fp16 or bf16, the extra `flash` |
 | "sdpa" | `scaled_dot_product_attention`, a call a document; no length squared is ever stored | nothing |
-| "auto" | "varlen" where it can run, else "sdpa" | |
+| "auto" | "varlen" where it can run; on a CPU `dasd_kernels.attention` where that can, else "sdpa" | |
 
 Measured for "sdpa" on a CPU (fp32, forward+backward, 2,048-4,096 tokens): cutting the pack with `split` takes 0.5-0.65
 of the time of slicing it, whose backward adds a whole zeroed pack a document. Explicit attention over documents padded
@@ -29,6 +29,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dasd_engine.context_parallel import gather_heads, scatter_heads
 from dasd_engine.errors import InputError
+from dasd_kernels import attention as compiled
 
 BACKENDS = ("auto", "varlen", "flash", "sdpa")
 
@@ -47,8 +48,8 @@ class Documents:
 
     cu_seqlens: Tensor  # int32 [n+1] on the pack's device
     max_seqlen: int
-    backend: str  # "varlen", "flash" or "sdpa"
-    lengths: tuple[int, ...] = ()  # for "sdpa" only: on CUDA they cost a synchronisation
+    backend: str  # "varlen", "flash", "sdpa", or "cpu": the compiled kernels where they can, else "sdpa"
+    lengths: tuple[int, ...] = ()  # for "sdpa" and "cpu" only: on CUDA they cost a synchronisation
     group: ProcessGroup | None = None  # ranks that share the pack (context_parallel.py)
 
 
@@ -65,8 +66,8 @@ def documents(
         raise InputError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     can_flash = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        backend = "varlen" if can_flash else "sdpa"
-    if backend == "sdpa":
+        backend = "varlen" if can_flash else "cpu" if like.device.type == "cpu" else "sdpa"
+    if backend in ("sdpa", "cpu"):
         bounds = cu_seqlens.tolist()
         lengths = tuple(end - begin for begin, end in zip(bounds[:-1], bounds[1:], strict=True))
         size = like.shape[0] * (group.size() if group else 1)
@@ -109,8 +110,8 @@ def document_attention(
     if docs.group:
         heads = scatter_heads(q_THK, k_TGK, v_TGK, docs.group)
         return gather_heads(document_attention(*heads, replace(docs, group=None), scale=scale), docs.group)
-    if docs.backend == "sdpa":
-        return _sdpa(q_THK, k_TGK, v_TGK, docs, scale)
+    if docs.backend in ("sdpa", "cpu"):
+        return _by_lengths(q_THK, k_TGK, v_TGK, docs, scale)
     cu, longest = docs.cu_seqlens, docs.max_seqlen
     if docs.backend == "flash":
         return _flash_attn()(q_THK, k_TGK, v_TGK, cu, cu, longest, longest, softmax_scale=scale, causal=True)
@@ -120,7 +121,9 @@ def document_attention(
 
 
 @torch.compiler.disable  # every pack has other lengths: a compiled block breaks here instead of recompiling for each
-def _sdpa(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, docs: Documents, scale: float | None) -> Tensor:
+def _by_lengths(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, docs: Documents, scale: float | None) -> Tensor:
+    if docs.backend == "cpu" and compiled.supported(q_THK):
+        return compiled.document_attention(q_THK, k_TGK, v_TGK, docs.lengths, scale=scale)
     grouped = q_THK.shape[1] != k_TGK.shape[1]
     outs = []
     for q, k, v in zip(*(x.transpose(0, 1).split(docs.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True):

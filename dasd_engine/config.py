@@ -74,6 +74,7 @@ class RunOptions:
         "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
     )
     compile: bool = option(False, "torch.compile each block")
+    profile: int = option(0, "steps, after the first two, traced into trace-rank<i>.json: open it in ui.perfetto.dev")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dasd_engine.context_parallel import part_of
 from dasd_engine.errors import InputError
 from dasd_engine.model import Decoder
 from dasd_kernels import PackedBatch
+from dasd_kernels.pointwise import sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the root, then the blocks
     for module, following in zip(modules, [*modules[1:], None], strict=True):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if world.size > 1:  # alone, FSDP divides by nothing, and by 1.0 in a pass of its own
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         if following is not None:  # its gather starts before this one computes; backward does so by itself
             module.set_modules_to_forward_prefetch([following])
     return model
@@ -162,9 +164,7 @@ def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
 def squared_norm(model: Decoder) -> float:
     """Sum of the squares of this rank's shards of the gradients. In float64, so that how parameters are cut leaves no
     trace in the norm, and two ranks clip by the same factor as one: at a high learning rate a last bit grows."""
-    shards = [cast(DTensor, p.grad).to_local() for p in model.parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
-    return torch.stack(norms).square().sum().item() if norms else 0.0
+    return sum(sum_of_squares(cast(DTensor, p.grad).to_local()) for p in model.parameters() if p.grad is not None)
 
 
 def checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
@@ -176,6 +176,7 @@ def checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
         aten.mm.default,
         aten.addmm.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.dasd_kernels.attend.default,
         torch.ops.torch_attn._varlen_attn.default,
     }
 

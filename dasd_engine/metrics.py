@@ -75,6 +75,16 @@ def peak_memory(device: torch.device) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
+def profile(steps: int, path: Path) -> torch.profiler.profile:
+    """A started profiler whose `step()` ends a training step: the third to the `steps` + 2nd go into a Chrome trace."""
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
+    )
+    profiler.start()
+    return profiler
+
+
 class MetricsLog:
     """`metrics.jsonl`, one flushed line a step, and TensorBoard events when tensorboard is installed."""
 

@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from dasd_engine.attention import Documents, document_attention, documents
 from dasd_engine.model_config import ModelConfig
-from dasd_engine.rope import rotary_table, rotate
+from dasd_engine.rope import rotary_table
+from dasd_kernels.pointwise import rms_norm, rotate, swiglu
 
 
 class PackContext:
@@ -29,7 +30,7 @@ class PackContext:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; torch computes it in fp32 and rounds once."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 and rounded once."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -37,7 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -75,7 +76,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies of each scaling, and the rotation of queries and keys.
+"""Rotary position embedding: the frequencies of each scaling, and its tables.
 
 Formulas: RoFormer (arXiv 2104.09864) for "default"; position interpolation (2306.15595) for "linear"; Llama 3.1's
 banded interpolation for "llama3"; YaRN (2309.00071) for "yarn". Tables are fp32 whatever the model's dtype. The
@@ -91,9 +91,3 @@ def rotary_table(positions_T: Tensor, inv_freq_R: Tensor, amplitude: float) -> t
     """(cos, sin), each fp32 [T, 1, head_dim // 2]; the middle axis broadcasts over heads."""
     angle_T1R = (positions_T.to(torch.float32)[:, None] * inv_freq_R)[:, None]
     return angle_T1R.cos() * amplitude, angle_T1R.sin() * amplitude
-
-
-def rotate(x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + head_dim // 2) of every head; computed in fp32, returned in x's dtype."""
-    a, b = x_THK.chunk(2, dim=-1)
-    return torch.cat((a * cos_T1R - b * sin_T1R, b * cos_T1R + a * sin_T1R), dim=-1).to(x_THK.dtype)

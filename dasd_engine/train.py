@@ -23,6 +23,7 @@ from dasd_engine.checkpoint import Checkpointer, Progress
 from dasd_engine.config import Recipe, describe, load_recipe, packaged
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
+from dasd_engine.heap import keep_freed_memory
 from dasd_engine.hf import init_weights, load_weights, read_config, save_model
 from dasd_engine.model import Decoder
 from dasd_engine.optim import learning_rate, make_optimizer, set_learning_rate
@@ -80,6 +81,8 @@ class Run:
         self.peak = metrics.peak_flops(world.device, self.dtype) * world.size
         self.stopping = False
         self.bad_packs: list[list[int]] = []  # documents of the latest non-finite steps in a row
+        traced = recipe.run.profile
+        self.profiler = metrics.profile(traced, recipe.out / f"trace-rank{world.rank}.json") if traced else None
 
         with torch.device("meta"):
             model = Decoder(self.config)
@@ -177,6 +180,8 @@ class Run:
         seconds = time.perf_counter() - start
         self.report(plan, step, total, grad_norm, rate, seconds, waited)
         p.step, p.stage_step, p.total_step = p.step + 1, p.stage_step + 1, p.total_step + 1
+        if self.profiler:
+            self.profiler.step()
         if len(self.bad_packs) >= NON_FINITE_LIMIT:
             self.give_up(plan)
 
@@ -256,6 +261,7 @@ def main() -> None:
     if args.recipe and "=" in args.recipe and not Path(args.recipe).exists():
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]
     recipe = load_recipe(args.recipe or packaged("quickstart.toml"), args.overrides)
+    keep_freed_memory()
     with distributed.start(recipe.run) as world:
         train(recipe, world, dry_run=args.dry_run, overwrite=args.overwrite)
 

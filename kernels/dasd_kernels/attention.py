@@ -2,8 +2,8 @@
 
     out = document_attention(q, k, v, lengths)          # [T, H, K], [T, G, K], [T, G, K] -> [T, H, K]
 
-torch's own attention on a CPU is called a document at a time; this takes the whole pack, bf16 as it lies, and skips what
-the mask hides. docs/dev/LOG.md has both times.
+torch's own attention on a CPU is called a document at a time; this takes the whole pack, bf16 as it lies, and skips
+what the mask hides. docs/dev/LOG.md has both times.
 """
 
 from typing import Any

@@ -9,7 +9,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dasd_engine import read_config
-from dasd_engine.rope import Rope, rotary_table, rotate
+from dasd_engine.rope import Rope, rotary_table
+from dasd_kernels.pointwise import rotate
 
 PARAMETERS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},

@@ -35,10 +35,11 @@ def test_loss_falls_and_the_student_is_exported(recipe):
 
 
 def test_micro_steps_do_not_change_a_step(recipe, tmp_path):
-    """The same documents in a step as 1, 2, 4 and more packs: same losses, gradients and final weights."""
+    """The same documents in a step as 1, 2, 4 and more packs: same losses, gradients and final weights. AdamW's epsilon
+    is above the rounding of the gradients, whose signs it would follow where they are nearly 0."""
+    options = ["train.packs_per_step=1000", "train.epochs=3", "train.eps=1e-6"]
     outs = [
-        run_here(recipe, "train.packs_per_step=1000", "train.epochs=3", f"train.context={c}", f"out={tmp_path}/c{c}")
-        for c in (2048, 512, 256, 64)
+        run_here(recipe, *options, f"train.context={c}", f"out={tmp_path}/c{c}") for c in (2048, 512, 256, 64)
     ]
     for other in outs[1:]:
         assert_close(losses(outs[0]), losses(other), 1e-5)

@@ -1,4 +1,4 @@
-"""Attention over a pack on the CPU: its error is that of bf16 products, and a document knows nothing of its neighbours."""
+"""Attention over a pack on the CPU: the error of bf16 products and no more; documents know nothing of each other."""
 
 import pytest
 import torch

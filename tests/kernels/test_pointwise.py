@@ -1,4 +1,4 @@
-"""RMS norm, rotation and SwiGLU: as exact as torch's own, forward and backward, and the same on any number of threads."""
+"""RMS norm, rotation and SwiGLU: as exact as torch's own, forward and backward, and the same on any threads."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def with_gradients(function, *tensors: Tensor) -> list[Tensor]:
 
 
 def check(ours, theirs, *tensors: Tensor) -> None:
-    """Errors against float64 at most 1.5 x those of torch in the same dtype, or of one rounding of the largest value."""
+    """Errors against float64 at most 1.5 x those of torch in the same dtype, or one rounding of the largest value."""
     exact = with_gradients(theirs, *(x.double() for x in tensors))
     for mine, other, right in zip(with_gradients(ours, *tensors), with_gradients(theirs, *tensors), exact, strict=True):
         assert mine.dtype == tensors[0].dtype and mine.shape == right.shape
