@@ -57,8 +57,8 @@ def test_activations_by_checkpointing_and_context(config):
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_block_keeps_what_is_estimated(config, mode):
-    """Bytes that one block's backward saves, counted while it runs. Torch's operators on a CPU keep up to half more than
-    is counted (norms save their fp32 result besides the input), fused ones a little less."""
+    """Bytes that one block's backward saves, counted while it runs. Torch's operators on a CPU keep up to half more
+    than is counted (norms save their fp32 result besides the input), fused ones a little less."""
     tokens = 256
     block = Block(config)
     if mode != "none":
