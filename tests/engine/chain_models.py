@@ -65,7 +65,7 @@ def _side_files(path: Path, template: str, positions: int):
     for name in ("tokenizer.json", "generation_config.json"):
         shutil.copy(QUICKSTART / name, path)
     config = json.loads((QUICKSTART / "config.json").read_text())
-    small = {"hidden_size": config["vocab_size"], "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+    small = {"hidden_size": config["vocab_size"], "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 32,
              "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False,
              "max_position_embeddings": positions}  # fmt: skip
     (path / "config.json").write_text(json.dumps({**config, **small}))

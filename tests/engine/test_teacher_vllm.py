@@ -5,31 +5,21 @@
 vLLM pins its own versions of everything, so it lives in an environment of its own; the tests run it from there.
 """
 
-import importlib.util
 import json
-import os
-import socket
 import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from test_teachers import ask, check_logprobs, requests, write_teacher
+from vllm_server import PYTHON, environment, marks, served
 
 from dasd_engine.chat import Chat
 from dasd_engine.sample import sample
 from dasd_engine.teachers import Request, Sampled, TeacherOptions, open_teacher
 
-ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("DASD_VLLM_PYTHON", sys.executable if importlib.util.find_spec("vllm") else "")
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON, reason="needs vLLM: set DASD_VLLM_PYTHON to a Python that has it"),
-]
+pytestmark = marks
 
 OFFLINE = """
 import json, sys
@@ -47,11 +37,6 @@ json.dump([results, again], open(sys.argv[3], "w"))
 """
 
 
-def environment() -> dict[str, str]:
-    here = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return os.environ | here | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
@@ -59,28 +44,8 @@ def teacher_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(teacher_dir):
-    """A real server; it takes about half a minute to come up."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(teacher_dir), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
-    log = teacher_dir.with_name("server.log")
-    with open(log, "w") as out:
-        server = subprocess.Popen(command, env=environment(), stdout=out, stderr=out, cwd=teacher_dir.parent)
-    try:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.5)
-        else:
-            pytest.fail(f"vLLM did not start: {log.read_text()[-3000:]}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
+    with served(teacher_dir, "tiny") as url:
+        yield url
 
 
 def test_offline_engine(teacher_dir, tmp_path):
