@@ -20,6 +20,7 @@ import json
 import os
 import queue
 import random
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ class _Run:
             self._tasks = {asyncio.create_task(self._stopped.wait())}
             for endpoint in self._endpoints:
                 if not endpoint.alive.is_set():
-                    self._start(self._probe(endpoint))
+                    self._set_aside(endpoint)
                 for _ in range(self.options.concurrency):
                     self._start(self._work(endpoint))
             self._ready.set()
@@ -261,12 +262,16 @@ class _Run:
             if endpoint.failures >= self.options.dead_after and endpoint.alive.is_set():
                 endpoint.alive.clear()
                 self._lived = self._loop.time()
-                self._start(self._probe(endpoint))
+                self._set_aside(endpoint)
         if job.attempts > self.options.retries:
             self.results.put((job.request, Failed(f"{endpoint.url}: {error} (attempt {job.attempts}, the last)")))
             return
         delay = min(self.options.backoff * 2 ** (job.attempts - 1), self.options.longest_backoff)
         self._loop.call_later(delay * random.uniform(0.5, 1.0), self._jobs.put_nowait, job)
+
+    def _set_aside(self, endpoint: _Endpoint) -> None:
+        _tell(f"{endpoint.url}: set aside ({endpoint.why}), probed every {self.options.probe_every:g} s")
+        self._start(self._probe(endpoint))
 
     async def _attempt(self, endpoint: _Endpoint, request: Request) -> Sampled | Failed:
         """The result; raises _Again, and InputError for what stops the run."""
@@ -306,6 +311,7 @@ class _Run:
                 endpoint.dialect = dialect
                 endpoint.failures = 0
                 endpoint.alive.set()
+                _tell(f"{endpoint.url}: answers again")
                 return
             except (TimeoutError, self.httpx.HTTPError, _Again) as error:
                 endpoint.why = str(error) if isinstance(error, _Again) else _words(error)
@@ -346,6 +352,11 @@ def _seconds(retry_after: str | None) -> float:
         return max(0.0, (until - datetime.now(until.tzinfo)).total_seconds())
     except ValueError:
         return 0.0
+
+
+def _tell(what: str) -> None:
+    """Whoever waits must know what for."""
+    print(f"warning: {what}", file=sys.stderr, flush=True)
 
 
 def _words(error: BaseException) -> str:

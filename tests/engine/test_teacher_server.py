@@ -179,8 +179,8 @@ def test_a_dead_endpoint_hands_its_requests_to_the_others():
 
 
 @pytest.mark.parametrize("back_after", [1, 4])
-def test_the_only_server_dies_half_way_and_comes_back(back_after):
-    """While it is away nothing is asked and nothing fails; it is answered on once a probe finds it."""
+def test_the_only_server_dies_half_way_and_comes_back(back_after, capsys):
+    """While it is away nothing is asked and nothing fails; it is answered on once a probe finds it. Both are told."""
 
     def die(server: FakeServer, body: dict) -> None:
         server.dead = server.dead or (len(server.asked) > 20 and not server.probes)
@@ -193,6 +193,8 @@ def test_the_only_server_dies_half_way_and_comes_back(back_after):
         for seed in range(60):
             check_answer(results[f"k{seed}"], seed)
         assert server.answered.total() == 60 and server.probes == back_after
+        away, back = capsys.readouterr().err.splitlines()
+        assert away.startswith(f"warning: {server.url}") and "set aside" in away and back.endswith("answers again")
         assert len(server.asked) <= 60 + FAST.dead_after + 2 * FAST.concurrency
 
 
