@@ -34,6 +34,7 @@ from dasd_engine.mix_sampling import MixOptions
 from dasd_engine.mixed_policy import MARKERS
 from dasd_engine.questions import GYM
 from dasd_engine.selection import RULES
+from dasd_engine.sources import SUFFIXES
 from dasd_engine.teachers import TeacherOptions
 
 TRAINED = ("low", "high", "mixed")
@@ -134,8 +135,12 @@ class DistillRecipe:
     @property
     def questions(self) -> list[str]:
         """Names as dasd_engine.questions takes them, files by their absolute paths."""
-        return [name if name.startswith(GYM) or not self.resolve(name).exists() else str(self.resolve(name))
-                for name in self.sample.questions]  # fmt: skip
+        return [str(self.resolve(name)) if self._is_file(name) else name for name in self.sample.questions]
+
+    def _is_file(self, name: str) -> bool:
+        """Not a gym task, a hub data set, or files of one (owner/name:train/*.parquet)."""
+        named = name.endswith(SUFFIXES) and ":" not in name
+        return not name.startswith(GYM) and (named or self.resolve(name).exists())
 
     def resolve(self, path: str) -> Path:
         """A path of the recipe, looked up beside the recipe file."""

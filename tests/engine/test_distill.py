@@ -1,7 +1,10 @@
 """distill: the whole pipeline on models of known answers; what runs again and what does not; kills; bad input."""
 
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +199,30 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_same_bytes(finished
         done = subprocess.run([sys.executable, "-c", KILL, where, *command], env=environment(), timeout=300)
         assert done.returncode == -9
     distill.main(command)
+    check_same(out, whole)
+
+
+def test_a_run_that_was_killed_at_random_moments_ends_with_the_same_bytes(finished, tmp_path):
+    """At any moment, whichever process is at work: in the middle of training too."""
+    out, whole = tmp_path / "run", finished.parent / "run"
+    command = [str(finished), f"out={out}", "--quiet"]
+    seconds = sum(json.loads(file.read_text())["seconds"] for file in (whole / "stages").glob("*.json"))
+    moments, killed = random.Random(4), 0
+    for _ in range(3):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "dasd_engine.distill", *command], env=environment(), start_new_session=True
+        )
+        try:
+            assert run.wait(moments.uniform(0.1, 0.9) * seconds) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            killed += run.wait() == -signal.SIGKILL
+    distill.main(command)
+    assert killed
+    check_same(out, whole)
+
+
+def check_same(out: Path, whole: Path) -> None:
     names = ["sample/candidates.jsonl", "score/scores.jsonl", "select-low/selected.jsonl", "mix/mixed.jsonl",
              "prepare-high/tokens.u32", "prepare-mixed/loss_spans.i32", "evaluate-mixed/responses.jsonl",
              "train-mixed/export/mixed/model.safetensors"]  # fmt: skip
@@ -279,6 +306,14 @@ def test_missing_sections_are_named(tmp_path):
     (tmp_path / "recipe.toml").write_text("[model]\npath = 'student'\n")
     with pytest.raises(InputError, match=r"sample.questions is missing; write \[sample\]"):
         distill.main([str(tmp_path / "recipe.toml")])
+
+
+def test_missing_questions_are_named_where_they_were_looked_for(tmp_path):
+    recipe = write_distillation(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}/none.jsonl: no such file"):
+        distill.main([str(recipe), 'sample.questions=["none.jsonl"]', "--dry-run"])
+    hub = load_distill_recipe(recipe, ['sample.questions=["gym:chain_sum:3", "owner/name:train/*.parquet"]'])
+    assert hub.questions == ["gym:chain_sum:3", "owner/name:train/*.parquet"]
 
 
 def test_one_run_at_a_time(finished):
