@@ -227,3 +227,10 @@ def test_any_checkpoint_can_be_exported(recipe, tmp_path):
         export(out, tmp_path / "none", checkpoint="step-99")
     with pytest.raises(InputError, match="give the `out` directory"):
         export(tmp_path, tmp_path / "none")
+
+
+def test_a_trace_of_steps_is_written_on_request(recipe):
+    out = run_here(recipe, "run.profile=2")
+    events = json.loads((out / "trace-rank0.json").read_text())["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert sum(name.startswith("ProfilerStep") for name in names) == 2 and "aten::mm" in names
