@@ -20,7 +20,8 @@ struct Pack {
 bool supported();
 
 // out [T, heads, width] and lse [heads, T], natural logarithm.
-void forward(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse, int threads);
+void forward(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse,
+             int threads);
 
 // dq like q, dk and dv like k; `partial` [2, heads, T, width] is scratch: every head's share of its group's dk and dv.
 void backward(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* lse,

@@ -93,7 +93,8 @@ void forward_task(const Pack& pack, const Heads& q, const Heads& k, const Heads&
     for (int64_t r = 0; r < rows; ++r) {
       const __m512 inverse = _mm512_set1_ps(1 / sum[r]);
       for (int64_t d = 0; d < width; d += 16)
-        store_rounded(out.data + (q0 + r) * out.token_stride + d, _mm512_mul_ps(_mm512_loadu_ps(o + r * width + d), inverse));
+        store_rounded(out.data + (q0 + r) * out.token_stride + d,
+                      _mm512_mul_ps(_mm512_loadu_ps(o + r * width + d), inverse));
       lse[q0 + r] = 0.69314718f * (maximum[r] + std::log2(sum[r]));
     }
   }
@@ -116,7 +117,8 @@ void turned(const uint16_t* x, int64_t stride, int64_t rows, int64_t width, uint
     for (int64_t l = 0; l < 16; ++l) offsets[l] = static_cast<int32_t>(least(l, count - 1) * stride / 2);
     const __m512i index = _mm512_load_si512(offsets);
     for (int64_t d = 0; d < width; d += 2) {
-      const __m512i two = _mm512_maskz_mov_epi32(up_to(0, count - 1), _mm512_i32gather_epi32(index, x + r0 * stride + d, 4));
+      const __m512i two =
+          _mm512_maskz_mov_epi32(up_to(0, count - 1), _mm512_i32gather_epi32(index, x + r0 * stride + d, 4));
       const __m256i low = _mm512_cvtepi32_epi16(two), high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(two, 16));
       std::memcpy(out + d * ld + r0, &low, sizeof(low));
       std::memcpy(out + (d + 1) * ld + r0, &high, sizeof(high));
@@ -167,7 +169,8 @@ void backward_task(const Pack& pack, const Heads& q, const Heads& k, const Heads
   for (int64_t r = 0; r < round_up(length, kLanes); ++r) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t d = 0; r < length && d < width; d += 16)
-      sum = _mm512_fmadd_ps(as_float(dout.data + r * dout.token_stride + d), as_float(out.data + r * out.token_stride + d), sum);
+      sum = _mm512_fmadd_ps(as_float(dout.data + r * dout.token_stride + d),
+                            as_float(out.data + r * out.token_stride + d), sum);
     x.delta.data[r] = _mm512_reduce_add_ps(sum);
     x.lse.data[r] = r < length ? lse[r] * 1.44269504f : kNoQuery;
   }
@@ -180,8 +183,10 @@ void backward_task(const Pack& pack, const Heads& q, const Heads& k, const Heads
     for (int64_t k0 = 0; k0 < least(length, q0 + kLanes); k0 += kKeys) {
       const int64_t rows = least(kKeys, least(length, q0 + kLanes) - k0);
       product(k.data + k0 * k.token_stride, k.token_stride, rows, x.qt.data + q0 * width, width, s.data, kLanes, false);
-      product(v.data + k0 * v.token_stride, v.token_stride, rows, x.dot.data + q0 * width, width, dp.data, kLanes, false);
-      gradients(s.data, dp.data, rows, k0, q0, x.lse.data + q0, x.delta.data + q0, pack.scale, p.data, ds.data, panel.data);
+      product(v.data + k0 * v.token_stride, v.token_stride, rows, x.dot.data + q0 * width, width, dp.data, kLanes,
+              false);
+      gradients(s.data, dp.data, rows, k0, q0, x.lse.data + q0, x.delta.data + q0, pack.scale, p.data, ds.data,
+                panel.data);
       for (int64_t d = 0; d < width; d += kLanes) {
         const int64_t at = d * depth + q0 * kLanes, to = k0 * width + d;
         product(p.data, kLanes, rows, x.doi.data + at, queries, dv + to, width, true);
@@ -216,7 +221,8 @@ bool supported() {
   return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"));
 }
 
-void forward(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse, int threads) {
+void forward(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse,
+             int threads) {
   const int64_t per = pack.heads / pack.groups;
 #pragma omp parallel num_threads(threads)
   {

@@ -2,12 +2,13 @@
 // the one caller, has checked them. The GIL is released while working.
 #include "module.hpp"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "attention.hpp"
-#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -63,10 +64,10 @@ void add_attention(py::module_& m) {
   m.def("attention_supported", [] { return false; });
 #else
   m.def("attention_supported", &supported);
-  m.def("attention_forward", &attention_forward, py::arg("lengths"), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("out"), py::arg("lse"), py::arg("threads"));
-  m.def("attention_backward", &attention_backward, py::arg("lengths"), py::arg("shape"), py::arg("inputs"), py::arg("lse"),
-        py::arg("gradients"), py::arg("partial"), py::arg("threads"));
+  m.def("attention_forward", &attention_forward, py::arg("lengths"), py::arg("shape"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("threads"));
+  m.def("attention_backward", &attention_backward, py::arg("lengths"), py::arg("shape"), py::arg("inputs"),
+        py::arg("lse"), py::arg("gradients"), py::arg("partial"), py::arg("threads"));
 #endif
 }
 

@@ -3,8 +3,8 @@
 //   A   rows of bf16 in pairs along the depth, `lda` elements apart
 //   B   panels of 64 lanes, [depth / 2][64][2]
 //
-// Two ways to a panel: lanes are tokens and the depth runs along their heads' width (transposed), or lanes are 64 of the
-// width and the depth runs along tokens (interleaved).
+// Two ways to a panel: lanes are tokens and the depth runs along their heads' width (transposed), or lanes are 64 of
+// the width and the depth runs along tokens (interleaved).
 #pragma once
 #include "../linear_ce/avx512.hpp"
 
@@ -100,7 +100,8 @@ inline void transposed(const uint16_t* x, int64_t stride, int64_t rows, int64_t 
     const __mmask16 present = static_cast<__mmask16>((1u << count) - 1);
     uint16_t* to = out + r0 / kLanes * width * kLanes + r0 % kLanes * 2;
     for (int64_t s = 0; s < width; s += 2)
-      _mm512_storeu_si512(to + s * kLanes, _mm512_maskz_mov_epi32(present, _mm512_i32gather_epi32(index, x + r0 * stride + s, 4)));
+      _mm512_storeu_si512(to + s * kLanes, _mm512_maskz_mov_epi32(
+                                               present, _mm512_i32gather_epi32(index, x + r0 * stride + s, 4)));
   }
   for (int64_t r0 = round_up(rows, 16); r0 < round_up(rows, kLanes); r0 += 16)
     for (int64_t s = 0; s < width; s += 2)

@@ -106,24 +106,42 @@ DASD_INLINE void norm_rows_backward(const Norm& norm, const float* rstd, const v
 }
 
 template <class T>
-DASD_INLINE void swiglu_part(const T* gate, const T* up, T* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) narrow(rounded<T>(wide(gate[i]) * sigmoid(wide(gate[i]))) * wide(up[i]), y + i);
+DASD_INLINE void swiglu_block(const void* gate_, const void* up_, void* y_, int64_t begin, int64_t end) {
+  const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
+  T* y = static_cast<T*>(y_);
+  for (int64_t i = begin; i < end; ++i) narrow(rounded<T>(wide(gate[i]) * sigmoid(wide(gate[i]))) * wide(up[i]), y + i);
 }
 
 template <class T>
-DASD_INLINE void swiglu_part_backward(const T* gate, const T* up, const T* dy, T* dgate, T* dup, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+DASD_INLINE void swiglu_block_backward(const void* gate_, const void* up_, const void* dy_, void* dgate_, void* dup_,
+                                       int64_t begin, int64_t end) {
+  const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_), *dy = static_cast<const T*>(dy_);
+  T *dgate = static_cast<T*>(dgate_), *dup = static_cast<T*>(dup_);
+  for (int64_t i = begin; i < end; ++i) {
     const float g = wide(gate[i]), s = sigmoid(g), d = wide(dy[i]);
     narrow(d * rounded<T>(g * s), dup + i);
     narrow(d * wide(up[i]) * s * (1.f + g * (1.f - s)), dgate + i);
   }
 }
 
+struct Turn {
+  const void* x;
+  int64_t stride;
+  const float *cos, *sin;
+  float sign;
+  void* y;
+  int64_t heads, half;
+};
+
 template <class T>
-DASD_INLINE void rotate_token(const T* x, const float* cos, const float* sin, float sign, T* y, int64_t heads, int64_t half) {
-  for (int64_t h = 0; h < heads; ++h, x += 2 * half, y += 2 * half)
+DASD_INLINE void rotate_token(const Turn& turn, int64_t token) {
+  const int64_t half = turn.half;
+  const T* x = static_cast<const T*>(turn.x) + token * turn.stride;
+  T* y = static_cast<T*>(turn.y) + token * turn.heads * 2 * half;
+  const float *cos = turn.cos + token * half, *sin = turn.sin + token * half;
+  for (int64_t h = 0; h < turn.heads; ++h, x += 2 * half, y += 2 * half)
     for (int64_t i = 0; i < half; ++i) {
-      const float a = wide(x[i]), b = wide(x[i + half]), s = sign * sin[i];
+      const float a = wide(x[i]), b = wide(x[i + half]), s = turn.sign * sin[i];
       narrow(a * cos[i] - b * s, y + i);
       narrow(b * cos[i] + a * s, y + i + half);
     }
@@ -141,20 +159,22 @@ DASD_CLONES void norm_part_backward(const Norm& n, const float* rstd, const void
   else norm_rows_backward<float>(n, rstd, dy, dx, dweight, begin, end);
 }
 
-DASD_CLONES void swiglu_bf16(const bf16* gate, const bf16* up, bf16* y, int64_t n) { swiglu_part(gate, up, y, n); }
-DASD_CLONES void swiglu_fp32(const float* gate, const float* up, float* y, int64_t n) { swiglu_part(gate, up, y, n); }
-DASD_CLONES void swiglu_bf16_backward(const bf16* gate, const bf16* up, const bf16* dy, bf16* dgate, bf16* dup, int64_t n) {
-  swiglu_part_backward(gate, up, dy, dgate, dup, n);
+DASD_CLONES void swiglu_part(const void* gate, const void* up, void* y, int64_t begin, int64_t end, bool half) {
+  if (half) swiglu_block<bf16>(gate, up, y, begin, end);
+  else swiglu_block<float>(gate, up, y, begin, end);
 }
-DASD_CLONES void swiglu_fp32_backward(const float* gate, const float* up, const float* dy, float* dgate, float* dup, int64_t n) {
-  swiglu_part_backward(gate, up, dy, dgate, dup, n);
+
+DASD_CLONES void swiglu_part_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup,
+                                      int64_t begin, int64_t end, bool half) {
+  if (half) swiglu_block_backward<bf16>(gate, up, dy, dgate, dup, begin, end);
+  else swiglu_block_backward<float>(gate, up, dy, dgate, dup, begin, end);
 }
-DASD_CLONES void rotate_bf16(const bf16* x, const float* cos, const float* sin, float sign, bf16* y, int64_t heads, int64_t half) {
-  rotate_token(x, cos, sin, sign, y, heads, half);
+
+DASD_CLONES void rotate_part(const Turn& turn, int64_t token, bool half) {
+  if (half) rotate_token<bf16>(turn, token);
+  else rotate_token<float>(turn, token);
 }
-DASD_CLONES void rotate_fp32(const float* x, const float* cos, const float* sin, float sign, float* y, int64_t heads, int64_t half) {
-  rotate_token(x, cos, sin, sign, y, heads, half);
-}
+
 DASD_CLONES double squares_part(const float* x, int64_t count) {
   double sums[kSums] = {}, total = 0.;
   int64_t i = 0;
@@ -171,7 +191,7 @@ template <class Body>
 void in_blocks(int64_t count, int threads, Body body) {
   const int64_t blocks = (count + kBlock - 1) / kBlock;
 #pragma omp parallel for num_threads(threads) schedule(static) if (blocks > 1)
-  for (int64_t b = 0; b < blocks; ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock) - b * kBlock);
+  for (int64_t b = 0; b < blocks; ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
 }
 
 }  // namespace
@@ -198,40 +218,28 @@ void rms_norm_backward(const Norm& norm, const float* rstd, const void* dy, void
 }
 
 void swiglu(const void* gate, const void* up, void* y, int64_t count, bool half, int threads) {
-  in_blocks(count, threads, [=](int64_t at, int64_t n) {
-    if (half) swiglu_bf16(static_cast<const bf16*>(gate) + at, static_cast<const bf16*>(up) + at, static_cast<bf16*>(y) + at, n);
-    else swiglu_fp32(static_cast<const float*>(gate) + at, static_cast<const float*>(up) + at, static_cast<float*>(y) + at, n);
-  });
+  in_blocks(count, threads, [=](int64_t begin, int64_t end) { swiglu_part(gate, up, y, begin, end, half); });
 }
 
 void swiglu_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t count, bool half,
                      int threads) {
-  in_blocks(count, threads, [=](int64_t at, int64_t n) {
-    if (half) {
-      swiglu_bf16_backward(static_cast<const bf16*>(gate) + at, static_cast<const bf16*>(up) + at,
-                           static_cast<const bf16*>(dy) + at, static_cast<bf16*>(dgate) + at, static_cast<bf16*>(dup) + at, n);
-    } else {
-      swiglu_fp32_backward(static_cast<const float*>(gate) + at, static_cast<const float*>(up) + at,
-                           static_cast<const float*>(dy) + at, static_cast<float*>(dgate) + at, static_cast<float*>(dup) + at, n);
-    }
+  in_blocks(count, threads, [=](int64_t begin, int64_t end) {
+    swiglu_part_backward(gate, up, dy, dgate, dup, begin, end, half);
   });
 }
 
 void rotate(const void* x, int64_t stride, const float* cos, const float* sin, float sign, void* y, int64_t tokens,
             int64_t heads, int64_t half, bool is_bf16, int threads) {
-  const int64_t row = heads * 2 * half;
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * row > kBlock)
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (is_bf16) rotate_bf16(static_cast<const bf16*>(x) + t * stride, cos + t * half, sin + t * half, sign,
-                             static_cast<bf16*>(y) + t * row, heads, half);
-    else rotate_fp32(static_cast<const float*>(x) + t * stride, cos + t * half, sin + t * half, sign,
-                     static_cast<float*>(y) + t * row, heads, half);
-  }
+  const Turn turn{x, stride, cos, sin, sign, y, heads, half};
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * half > kBlock)
+  for (int64_t t = 0; t < tokens; ++t) rotate_part(turn, t, is_bf16);
 }
 
 double sum_of_squares(const float* x, int64_t count, int threads) {
   std::vector<double> sums(static_cast<size_t>((count + kBlock - 1) / kBlock));
-  in_blocks(count, threads, [&](int64_t at, int64_t n) { sums[static_cast<size_t>(at / kBlock)] = squares_part(x + at, n); });
+  in_blocks(count, threads, [&](int64_t begin, int64_t end) {
+    sums[static_cast<size_t>(begin / kBlock)] = squares_part(x + begin, end - begin);
+  });
   double total = 0.;
   for (double sum : sums) total += sum;
   return total;
