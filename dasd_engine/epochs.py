@@ -97,7 +97,8 @@ class EpochPlan:
         blank = np.empty(0, dtype=np.int64)
         if block and not len(untrained):
             lengths, plan = self._pack(block, self._ranges(block), 1)
-            digest = hashlib.sha256(f"{plan.num_packs}\n".encode() + np.ascontiguousarray(lengths, "<i8").tobytes()).hexdigest()
+            content = f"{plan.num_packs}\n".encode() + np.ascontiguousarray(lengths, "<i8").tobytes()
+            digest = hashlib.sha256(content).hexdigest()
             return Totals(plan.num_packs, plan.num_steps, int(lengths.sum()), 0.0, digest, blank)
         plan = self.plan_block(block)
         if len(untrained):
