@@ -168,7 +168,8 @@ def test_transformers_loads_the_student_directory(rows):
 def test_the_recipe_names_files_that_exist():
     recipe = load_recipe(RECIPES / "quickstart.toml")
     assert [stage.name for stage in recipe.stages] == ["low", "high"]
-    for path in (recipe.model.path, recipe.evaluate.problems, *(stage.data for stage in recipe.stages)):
+    data = [path for stage in recipe.stages for path in stage.data]
+    for path in (recipe.model.path, recipe.evaluate.problems, *data):
         assert recipe.resolve(path).exists(), path
     assert len(read_problems([str(recipe.resolve(recipe.evaluate.problems))])) >= 100
 
