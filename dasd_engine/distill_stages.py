@@ -212,16 +212,16 @@ def train_recipe(recipe: DistillRecipe, name: str) -> str:
     }
     out, data = (recipe.out / f"{part}-{name}" for part in ("train", "prepare"))
     lines = [f"# Stage {name} of {recipe.path}; it runs alone too: python -m dasd_engine.train {out / 'recipe.toml'}"]
-    lines += [f"seed = {recipe.seed}", f"out = {_toml(str(out.resolve()))}"]
+    lines += [f"seed = {recipe.seed}", f"out = {toml_value(str(out.resolve()))}"]
     for section, table in tables.items():
-        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
-    lines += ["", "[[stage]]", f"name = {_toml(name)}", f"data = {_toml(str(data.resolve()))}"]
+        lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
+    lines += ["", "[[stage]]", f"name = {toml_value(name)}", f"data = {toml_value(str(data.resolve()))}"]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

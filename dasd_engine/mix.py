@@ -47,6 +47,10 @@ _MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_
 _REASONS = ("no_room", "special_token", "teacher_failed", *REASONS, "prefix_changed")
 
 
+class NothingMixed(InputError):
+    """Everything was asked, and no mixed-policy response is left."""
+
+
 def mix(
     source: str | os.PathLike[str],
     student_dir: str | os.PathLike[str],
@@ -135,7 +139,7 @@ class _Assembly:
         found = {**counts, "dropped": {reason: reasons[reason] for reason in _REASONS if reasons[reason]}}
         if not counts["mixed"]:
             (self.path / MIXED).unlink()
-            raise InputError(
+            raise NothingMixed(
                 f"{self.path}: no mixed-policy response is left of {counts['questions']:,} questions: "
                 f"{counts['not_cut_off']:,} ended before the cap, dropped: {found['dropped'] or 0}; see {DROPPED}; "
                 "run it again where the teacher failed, else give it more questions or a lower cap, in another --out"
