@@ -9,10 +9,12 @@ Weights are dropped once a run is evaluated: there would be a hundred of them.
 """
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -252,20 +254,24 @@ class Bench:
         return found
 
     def _first_runs(self, arms: Sequence[Arm], seed: int, order: list[str], count: int) -> Seed:
+        """Rules often agree: arms with the same rows, in whichever design, are one run."""
+        arms = sorted(arms, key=lambda arm: not self._keep(arm))  # the reference's is the one that others may be
         rows = {arm.run: self.rows(arm.choice, seed) for arm in arms}
         picks = {arm.run: pick(arm, rows[arm.run], order, count) for arm in arms}
         least = min(count_tokens(picks[arm.run], rows[arm.run]) for arm in arms)
         found: Seed = {design: {} for design in DESIGNS}
+        made: dict[str, Measured] = {}
         for design in DESIGNS:
             for arm in arms:
                 of = rows[arm.run]
                 taken = picks[arm.run] if design == "samples" else pick(arm, of, order, count, least)
-                if design == "tokens" and taken == picks[arm.run]:  # the same run
-                    found[design][arm.run] = replace(found["samples"][arm.run], seconds=0.0)
+                stages, tokens = self._stages(arm, taken, of), count_tokens(taken, of)
+                content = _hash(stages)
+                if content in made:
+                    found[design][arm.run] = replace(made[content], seconds=0.0)
                     continue
                 directory = self._begin(seed, design, arm)
-                stages, tokens = self._stages(arm, taken, of), count_tokens(taken, of)
-                found[design][arm.run] = self.run(directory, self.recipe.student, stages, seed, tokens)
+                made[content] = found[design][arm.run] = self.run(directory, self.recipe.student, stages, seed, tokens)
                 if not (design == "samples" and self._keep(arm)):
                     self.drop_weights(directory)
         return found
@@ -323,6 +329,11 @@ class Bench:
 def runs_of(groups: Sequence[Group]) -> list[Arm]:
     """One arm of each run."""
     return list({arm.run: arm for group in groups for arm in group.arms}.values())
+
+
+def _hash(stages: Sequence[StageRows]) -> str:
+    said = [[(row["uuid"], _output(row)) for row in rows] for _, _, rows in stages]
+    return sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _output(row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ by differences. The model is a two-way one with both questions and seeds random 
 in which the parts in brackets do not cancel in a difference of two arms. Its variance is estimated as
 
     V = variance over questions of the pair's difference, averaged over seeds, ÷ questions
-      + 2 · (variance of arm·seed, pooled over all arms) ÷ seeds
+      + 2 · (variance of arm·seed, pooled over all arms, what its answers scatter taken out) ÷ seeds
 
 with Satterthwaite's degrees of freedom. Resampling questions alone, as `evaluate --compare` does for two given models,
 would leave out the second line: what another seed would have given. It is pooled because three to ten seeds are too few
@@ -66,11 +66,13 @@ def compare(names: Sequence[str], right_ASQ: Array, families: int = 1) -> list[P
     if len(names) != arms or min(arms, seeds, questions) < 2:
         raise ValueError(f"{len(names)} names and shares of shape {right_ASQ.shape}: at least 2 of each are needed")
     mean_AQ, mean_A = right_ASQ.mean(1), right_ASQ.mean((1, 2))
-    seed_ms, answer_ms = _mean_squares(right_ASQ)
+    distinct_ASQ = _distinct(right_ASQ)
+    runs = max(2, len(distinct_ASQ))
+    seed_ms, answer_ms = _mean_squares(distinct_ASQ) if len(distinct_ASQ) > 1 else (0.0, 0.0)
     pairs = []
     for i, j in combinations(range(arms), 2):
         by_question = float((mean_AQ[j] - mean_AQ[i]).var(ddof=1)) / questions
-        variance, df = _variance(by_question, seed_ms, answer_ms / questions, arms, seeds, questions)
+        variance, df = _variance(by_question, seed_ms, answer_ms / questions, runs, seeds, questions)
         difference, se = float(mean_A[j] - mean_A[i]), math.sqrt(variance)
         half = critical(arms, df, families) * se
         pairs.append(Pair(names[i], names[j], difference, (difference - half, difference + half), se, df))
@@ -79,14 +81,22 @@ def compare(names: Sequence[str], right_ASQ: Array, families: int = 1) -> list[P
 
 def spread(right_ASQ: Array) -> Spread:
     """As measured; a variance that comes out negative is none."""
-    arms, seeds, questions = right_ASQ.shape
-    seed_ms, answer_ms = _mean_squares(right_ASQ)
-    by_question = _interaction(right_ASQ.mean(1))
+    distinct_ASQ = _distinct(right_ASQ)
+    if len(distinct_ASQ) < 2:
+        return Spread(0.0, 0.0, 0.0)
+    _, seeds, questions = distinct_ASQ.shape
+    seed_ms, answer_ms = _mean_squares(distinct_ASQ)
+    by_question = _interaction(distinct_ASQ.mean(1))
     return Spread(
         math.sqrt(max(0.0, seed_ms - answer_ms / questions)),
         math.sqrt(max(0.0, by_question - answer_ms / seeds)),
         math.sqrt(answer_ms),
     )
+
+
+def _distinct(right_ASQ: Array) -> Array:
+    """Without the arms that are another's runs, as rules often agree: a copy says nothing of how runs scatter."""
+    return np.stack(list({arm.tobytes(): arm for arm in right_ASQ}.values()))
 
 
 def _mean_squares(right_ASQ: Array) -> tuple[float, float]:
@@ -112,12 +122,14 @@ def _variance(
 ) -> tuple[float, float]:
     """(variance of a pair's difference, Satterthwaite's degrees of freedom).
 
-    `answer` (of a run's mean) is in both of the others, so it is taken out once; where it is all of `seed_ms`, nothing
-    speaks for a scatter of seeds.
+    `answer` (of a run's mean) is in both of the others, so it is taken out once. A difference of estimates may come out
+    far too small, so half of the questions' part always stays. The half is ours: with all of it, intervals of runs that
+    hardly scatter hold in 99 of 100 simulated bake-offs instead of 95 to 96; with half of it, in those of no size tried
+    fewer than 94.
     """
     free = (arms - 1) * (seeds - 1)
     seed, twice = 2 * seed_ms / seeds, 2 * answer / seeds
-    variance = by_question + max(0.0, seed - twice)
+    variance = max(by_question + seed - twice, by_question / 2)
     if variance == 0:
         return 0.0, float(free)
     parts = by_question**2 / (questions - 1) + seed**2 / free + twice**2 / (free * (questions - 1))
@@ -126,7 +138,7 @@ def _variance(
 
 def critical(arms: int, df: float, families: int = 1) -> float:
     """Standard errors to either side of a difference, for all pairs of `arms` together."""
-    return studentized_range(arms, max(1, math.floor(min(df, 1000))), 1 - ERROR / families) / math.sqrt(2)
+    return studentized_range(arms, max(1, round(min(df, 1000))), 1 - ERROR / families) / math.sqrt(2)
 
 
 @functools.cache
