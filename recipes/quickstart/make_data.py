@@ -1,15 +1,11 @@
-"""Make the quickstart's data and its student directory, everything from fixed seeds.
+"""Make the quickstart's data and its two model directories (all but their weights), everything from fixed seeds.
 
-    pip install '.[tasks]' && python recipes/quickstart/make_data.py [--out recipes/quickstart]
+    python recipes/quickstart/make_data.py                          questions, problems, tokenizers, configurations
+    python recipes/quickstart/make_data.py --corpora runs/corpora   also what teacher and student are trained on
 
-Writes `stage1.jsonl`, `stage2.jsonl`, `heldout.jsonl` and `student/`. The rows follow the schema of the released DASD
-data (string fields `uuid, input, output, domain, meta`; `output` is `<think>...</think>answer`). The questions and
-their answers are reasoning-gym's; the worked solutions are written here, or taken from the task where it has one
-(GSM-Symbolic). Every answer, and the answer of every worked solution, is checked with the task's own scorer.
-
-The two stages copy the shape of the method (low temperature first, then high): stage 1 is uniform, with one way to
-write a solution and short problems; stage 2 is varied, with three ways, other wordings and harder problems. The
-teacher is this file's generator, so no temperature is involved.
+Rows follow the schema of the released DASD data (string fields `uuid, input, output, domain, meta`; `output` is
+`<think>...</think>answer`). arithmetic.py writes the problems and solves them. docs/quickstart.md has the commands
+that make everything that ships: the weights of both models, then the teacher's samples.
 """
 
 import argparse
@@ -17,170 +13,160 @@ import json
 import random
 import re
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
+from arithmetic import CHECK, WAYS, WRONG, Problem, draw_way, finish, make_problem, slip_up, solve, work
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEED = 20260109
 NAMESPACE = uuid.UUID("6d0c2d1e-8a55-4c6e-9d7b-5f1f2b3c4d5e")  # uuids are uuid5 of the question: stable over runs
 
-# GSM-Symbolic has a hundred templates; these two are short and need only + and - on numbers up to 40.
-GSM_TEMPLATES = {31, 43}
+ASKED = {"heldout": 300, "dev": 300, "questions": 1500}  # rows; dev.jsonl is what settings were chosen on
+STEPS = (2, 3)  # of a problem there
+STUDENT_ROWS = 20_000
 
-# task -> rows in (stage 1, stage 2, held out)
-COUNTS = {
-    "chain_sum": (2400, 1200, 100),
-    "chain_sum_long": (800, 800, 50),
-    "gsm_symbolic": (0, 500, 50),
-}
-
-# The student's size: 0.7 M parameters, of which 0.1 M are embeddings.
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-
-Problem = dict[str, Any]  # question, answer, key (problems with the same key differ in wording only), terms or steps
+Row = dict[str, str]
 
 
-def parse_chain(expression: str) -> tuple[int, list[tuple[str, int]]]:
-    """First term and the rest: "4 - 1 + 7" gives 4 and [("-", 1), ("+", 7)]."""
-    first, *rest = expression.split()
-    return int(first), [(op, int(number)) for op, number in zip(rest[::2], rest[1::2], strict=True)]
-
-
-def running_totals(expression: str) -> list[tuple[int, str, int, int]]:
-    """The steps of a chained sum from left to right: (total before, operator, number, total after)."""
-    total, rest = parse_chain(expression)
-    steps = []
-    for op, number in rest:
-        after = total + number if op == "+" else total - number
-        steps.append((total, op, number, after))
-        total = after
-    return steps
-
-
-def solve_plain(expression: str) -> str:
-    """One line a step: "4 - 1 = 3". The only style of stage 1."""
-    return "\n".join(f"{a} {op} {b} = {c}" for a, op, b, c in running_totals(expression))
-
-
-def solve_words(expression: str) -> str:
-    """The same steps in words."""
-    lines = [f"Start with {parse_chain(expression)[0]}."]
-    for a, op, b, c in running_totals(expression):
-        lines.append(f"Add {b}: {a} + {b} = {c}." if op == "+" else f"Take away {b}: {a} - {b} = {c}.")
-    return "\n".join(lines)
-
-
-def solve_checked(expression: str) -> str:
-    """The plain steps, then the last one undone as a check."""
-    a, op, b, c = running_totals(expression)[-1]
-    back = "-" if op == "+" else "+"
-    return f"{solve_plain(expression)}\nCheck: {c} {back} {b} = {a}, right."
-
-
-CHAIN_STYLES = (solve_plain, solve_words, solve_checked)
-CHAIN_WORDINGS = ("{question}", "What is {expression}?", "Calculate {expression}.")
-
-
-def chain_sums(min_terms: int, max_terms: int, seed: int) -> Iterator[Problem]:
-    """Endless chained sums of one-digit terms."""
-    while True:
-        data = reasoning_gym.create_dataset(
-            "chain_sum", min_terms=min_terms, max_terms=max_terms, min_digits=1, max_digits=1, size=20000, seed=seed
-        )
-        for entry in data:
-            expression = entry["metadata"]["expression"]
-            problem = {"question": entry["question"], "answer": entry["answer"], "expression": expression}
-            yield problem | {"key": expression, "score": score(data, entry)}
-        seed += 1
-
-
-def gsm_symbolic(seed: int) -> Iterator[Problem]:
-    """Endless GSM-Symbolic problems of the chosen templates, with the worked solution that comes with them."""
-    while True:
-        data = reasoning_gym.create_dataset("gsm_symbolic", size=20000, seed=seed)
-        for i, template in enumerate(data.task_indices):
-            if template not in GSM_TEMPLATES:
-                continue
-            entry = data[i]
-            worked, final = entry["metadata"]["answer_cot"].rsplit("####", 1)
-            if final.strip() != entry["answer"]:
-                raise SystemExit(f"gsm_symbolic {i}: the worked solution ends in {final!r}, not {entry['answer']!r}")
-            question = entry["question"].removesuffix(" Give the result as your final answer. Do not include units.")
-            key = f"gsm {template} " + " ".join(re.findall(r"\d+", question))
-            problem = {"question": question, "answer": entry["answer"], "worked": worked.strip()}
-            yield problem | {"key": key, "score": score(data, entry)}
-        seed += 1
-
-
-def score(data: Any, entry: dict[str, Any]) -> Callable[[str], float]:
-    return lambda answer: data.score_answer(answer, entry)
-
-
-def make_row(task: str, problem: Problem, varied: bool, rng: random.Random) -> dict[str, str]:
-    """One problem in the released schema; `varied` draws the wording and the style, else the first of each."""
-    question, answer = problem["question"], problem["answer"]
-    if "expression" in problem:
-        pick = rng.choice if varied else (lambda options: options[0])
-        question = pick(CHAIN_WORDINGS).format(question=question, expression=problem["expression"])
-        worked = pick(CHAIN_STYLES)(problem["expression"])
-    else:
-        worked = problem["worked"]
-    final = f"The answer is {answer}."
-    last_number = re.findall(r"-?\d+", worked.replace(f"Check: {answer}", ""))
-    if problem["score"](answer) != 1.0 or (answer not in last_number):
-        raise SystemExit(f"{task}: wrong answer {answer!r} for {question!r}")
+def make_row(problem: Problem, **more: str) -> Row:
     return {
-        "uuid": str(uuid.uuid5(NAMESPACE, question)),
-        "input": question,
-        "output": f"<think>\n{worked}\n</think>\n{final}",
+        "uuid": str(uuid.uuid5(NAMESPACE, problem.question)),
+        "input": problem.question,
+        **more,
         "domain": "math",
-        "meta": json.dumps({"answer": answer, "task": task}),
+        "meta": json.dumps({"answer": str(problem.answer), "task": problem.task}),
     }
 
 
-def make_rows() -> dict[str, list[dict[str, str]]]:
-    """Every split. No input occurs twice, and no held-out problem is trained on in any wording."""
-    rng = random.Random(SEED)
-    sources = {
-        "chain_sum": chain_sums(2, 4, SEED),
-        "chain_sum_long": chain_sums(5, 6, SEED + 1000),
-        "gsm_symbolic": gsm_symbolic(SEED + 2000),
-    }
-    held_out: set[str] = set()  # keys
-    inputs: set[str] = set()
-    splits: dict[str, list[dict[str, str]]] = {"heldout": [], "stage1": [], "stage2": []}
-    for task, source in sources.items():
-        stage1, stage2, heldout = COUNTS[task]
-        for split, count in (("heldout", heldout), ("stage1", stage1), ("stage2", stage2)):
-            while count:
-                problem = next(source)
-                if problem["key"] in held_out:
-                    continue
-                row = make_row(task, problem, split == "stage2", rng)
-                if row["input"] in inputs:
-                    continue
-                inputs.add(row["input"])
-                if split == "heldout":
-                    held_out.add(problem["key"])
-                splits[split].append(row)
-                count -= 1
-    for name in ("stage1", "stage2"):
-        rng.shuffle(splits[name])
-    return splits
+def draw(rng: random.Random, asked: set[str], steps: tuple[int, ...]) -> Problem:
+    """A problem that is none of those asked, in whatever words."""
+    while (problem := make_problem(rng, steps)).expression in asked:
+        pass
+    return problem
 
 
-# ---------------------------------------------------------------------------------------------- the student
+# ---------------------------------------------------------------------------------------------- corpora
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of what a corpus of the teacher holds; the rest is clean solutions."""
+
+    seed: str
+    rows: int
+    repaired: float = 0.0
+    checked: float = 0.0
+    alarmed: float = 0.0
+    twice: float = 0.0
+    rechecked: float = 0.0
+
+
+# One a stage of recipes/teacher.toml. The first two were to teach "Wait" behind a slip, and did not: it came as often
+# without one. The third, without it, has the teacher check at the end what it was given.
+MIXTURES = {
+    "teacher1": Mixture(f"{SEED} teacher", 36_000, repaired=0.26, checked=0.14),
+    "teacher2": Mixture(f"{SEED} teacher2", 20_000, repaired=0.23, checked=0.1, alarmed=0.12),
+    "teacher3": Mixture(f"{SEED} teacher3", 10_000, checked=0.13, twice=0.2, rechecked=0.17),
+}
+
+
+def teacher_rows(rng: random.Random, asked: set[str], mixture: Mixture) -> Iterator[Row]:
+    """Solutions, also of what somebody else began: a `prefix` that is not to be learnt, and how it ends."""
+    kinds = {repaired: mixture.repaired, checked: mixture.checked, alarmed: mixture.alarmed, twice: mixture.twice,
+             rechecked: mixture.rechecked}  # fmt: skip
+    for _ in range(mixture.rows):
+        problem, left = draw(rng, asked, (1, 2, 2, 2, 3, 3, 3)), rng.random() - (1 - sum(kinds.values()))
+        prefix, rest = "", ""
+        if left < 0:
+            rest = solve(problem, draw_way(rng), rng)
+        for write, share in kinds.items():
+            if 0 <= left < share:
+                prefix, rest = write(problem, rng)
+            left -= share
+        yield make_row(problem, output=prefix + rest, **({"prefix": prefix} if prefix else {}))
+
+
+def repaired(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """(what somebody began with a slip, how it ends): the line is finished, then the step is done again."""
+    way = draw_way(rng)
+    slipped = slip_up(problem, way, rng)
+    behind = slipped.text.index("\n", slipped.begin) + 1
+    cut = behind if rng.random() < 0.35 else _cut(slipped.text, behind, rng)
+    again = work(problem.steps[slipped.step :], way if rng.random() < 0.7 else draw_way(rng))
+    return slipped.text[:cut], _line(slipped.text, cut) + _ending([WRONG, *again], problem)
+
+
+def checked(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """The same behind direct steps, right or wrong: all of them are worked out."""
+    begin = len("<think>\n")
+    if rng.random() < 0.5:
+        text = finish(work(problem.steps, "direct"), problem.answer)
+    else:
+        slipped = slip_up(problem, "direct", rng)
+        text, begin = slipped.text, slipped.text.index("\n", slipped.begin) + 1
+    cut = _cut(text, max(begin, text.index("= ") + 2), rng)
+    return text[:cut], _line(text, cut) + _ending([CHECK, *work(problem.steps, draw_way(rng))], problem)
+
+
+def alarmed(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """The same behind a "Wait" where nothing is wrong: the step is done again, and no harm comes of it."""
+    way, at = draw_way(rng), rng.randrange(len(problem.steps))
+    done, step = work(problem.steps[:at], way), work(problem.steps[at : at + 1], way)
+    prefix = "<think>\n" + "".join(line + "\n" for line in [*done, *step[: rng.randint(1, len(step))], WRONG])
+    again = work(problem.steps[at:], way if rng.random() < 0.7 else draw_way(rng))
+    return prefix, _ending(again, problem)
+
+
+def twice(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Nobody began; a clean solution, and the same in another way."""
+    first, second = rng.sample(list(WAYS), 2)
+    lines = [*work(problem.steps, first), CHECK, *work(problem.steps, second)]
+    return "", finish(lines, problem.answer)
+
+
+def rechecked(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """What began with a slip is brought to its wrong end; all of it is worked out again."""
+    slipped = slip_up(problem, draw_way(rng), rng)
+    text = re.sub("Check: .*\n", "", slipped.text)  # it would be wrong, and learnt
+    behind, end = text.index("\n", slipped.begin) + 1, text.index("</think>")
+    cut = behind if rng.random() < 0.35 else _cut(text, behind, rng)
+    return text[:cut], text[cut:end] + _ending([CHECK, *work(problem.steps, draw_way(rng))], problem)
+
+
+def _cut(text: str, begin: int, rng: random.Random) -> int:
+    """Where a token ends, behind `begin` and within the thinking."""
+    return rng.choice([end for end in piece_ends(text) if begin <= end <= text.index("</think>")])
+
+
+def _line(text: str, cut: int) -> str:
+    """The rest of the line that is cut."""
+    return "" if text[cut - 1] == "\n" else text[cut : text.index("\n", cut) + 1]
+
+
+def _ending(lines: list[str], problem: Problem) -> str:
+    return finish(lines, problem.answer).removeprefix("<think>\n")
+
+
+def student_rows(rng: random.Random, asked: set[str]) -> Iterator[Row]:
+    """Easier than what will be asked: one step worked out in every way; longer problems in direct steps only."""
+    for _ in range(STUDENT_ROWS):
+        if rng.random() < 0.5:
+            problem = draw(rng, asked, (1,))
+            yield make_row(problem, output=solve(problem, draw_way(rng), rng))
+        else:
+            problem = draw(rng, asked, (1, 2, 2, 3, 3))
+            yield make_row(problem, output=solve(problem, "direct", rng))
+
+
+# ---------------------------------------------------------------------------------------------- the models
+
+TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
+           "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 CHAT_TEMPLATE = (
@@ -188,16 +174,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# The pieces inside which BPE may merge, so each frequent one becomes a token: a few phrases of nearly every document,
-# which halves the prompts; a word with the space before it, and the one after it if a number follows; an operator with
-# its spaces. Digits stay single: a carry is then learnable from few examples.
-PHRASES = (r"You are a helpful assistant\.", r"State the final answer to the following arithmetic problem: ")
-WORDS = (r"\d", r" ?[A-Za-z]+(?: (?=[-\d]))?", r" [-+*=] ", r" ?[^A-Za-z\d\s]+(?: (?=[-\d]))?", r"\s")
-PIECES = "|".join(PHRASES + WORDS)
+# The pieces inside which BPE may merge, so that each frequent one becomes a token: the system prompt; a digit, always
+# alone, so that a carry is learnable from few examples; a word with the space before it, and the one after it if a
+# number follows; an operator with its spaces; the end of a line.
+PIECES = "|".join((
+    r"You are a helpful assistant\.", r"\d", r" ?[A-Za-z]+(?: (?=\d))?", r" [-+=] ", r"[.,:?]*\n",
+    r" ?[^A-Za-z\d\s]+(?: (?=\d))?", r"\s",
+))  # fmt: skip
 
 
-def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
-    """A byte-level BPE of the training rows' words and phrases."""
+def piece_ends(text: str) -> list[int]:
+    """Where a token of either model may end."""
+    return [match.end() for match in re.finditer(PIECES, text)]
+
+
+def train_tokenizer(rows: list[Row]) -> Tokenizer:
+    """A byte-level BPE of the rows' words."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -214,21 +206,21 @@ def train_tokenizer(rows: list[dict[str, str]]) -> Tokenizer:
     return tokenizer
 
 
-def chat_texts(row: dict[str, str]) -> list[str]:
+def chat_texts(row: Row) -> list[str]:
     """What stands between the chat template's special tokens."""
     return ["system\nYou are a helpful assistant.", f"user\n{row['input']}", "assistant\n", row["output"]]
 
 
-def write_student(out: Path, tokenizer: Tokenizer) -> None:
-    """A directory that `transformers` and the engine load, but for the weights: those are random at first."""
+def write_model(out: Path, tokenizer: Tokenizer, shape: dict[str, int]) -> None:
+    """A directory that `transformers` and the engine load, but for the weights: those come from training."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     end = {token: tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
-        **SHAPE,
+        **shape,
         "hidden_act": "silu",
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-6,
@@ -238,7 +230,7 @@ def write_student(out: Path, tokenizer: Tokenizer) -> None:
         "bos_token_id": None,
         "eos_token_id": end["<|im_end|>"],
         "pad_token_id": end["<|endoftext|>"],
-        "torch_dtype": "float32",
+        "torch_dtype": "bfloat16",
     }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -253,19 +245,34 @@ def write_student(out: Path, tokenizer: Tokenizer) -> None:
         (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
+def write_rows(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{path}: {len(rows):,} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: beside this script")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    splits = make_rows()
-    tokenizer = train_tokenizer(splits["stage1"] + splits["stage2"])
-    write_student(out / "student", tokenizer)
-    for name, rows in splits.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks = Counter(json.loads(row["meta"])["task"] for row in rows)
-        tokens = sum(len(tokenizer.encode("".join(chat_texts(row))).ids) for row in rows)
-        print(f"{name}: {len(rows)} rows, {tokens:,} tokens, {dict(tasks)}")
+    parser.add_argument("--corpora", type=Path, help="a directory for teacher.jsonl and student.jsonl (22 MB)")
+    args = parser.parse_args()
+    asked: set[str] = set()  # expressions, so that nothing is asked twice, or asked and trained on, in other words
+    for name, count in ASKED.items():
+        rng, problems = random.Random(f"{SEED} {name}"), list[Problem]()
+        while len(problems) < count:
+            problems.append(draw(rng, asked, STEPS))
+            asked.add(problems[-1].expression)
+        write_rows(args.out / f"{name}.jsonl", [make_row(problem) for problem in problems])
+    for name, mixture in MIXTURES.items():
+        rows = list(teacher_rows(random.Random(mixture.seed), asked, mixture))
+        if name == "teacher1":
+            write_model(args.out / "teacher", train_tokenizer(rows[:4000]), TEACHER)
+        if args.corpora:
+            write_rows(args.corpora / f"{name}.jsonl", rows)
+    rows = list(student_rows(random.Random(f"{SEED} student"), asked))
+    write_model(args.out / "student", train_tokenizer(rows[:4000]), STUDENT)
+    if args.corpora:
+        write_rows(args.corpora / "student.jsonl", rows)
 
 
 if __name__ == "__main__":

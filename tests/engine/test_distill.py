@@ -339,7 +339,7 @@ def test_a_process_that_fails_tells_its_last_line(finished, tmp_path):
         launch(recipe, "dasd_engine.prepare", ["none.jsonl", "--model", "m", "--out", "o"], tmp_path / "log")
 
 
-@pytest.mark.parametrize("name", ["distill.toml", "distill-tiny.toml"])
+@pytest.mark.parametrize("name", ["distill.toml", "quickstart.toml"])
 def test_the_packaged_recipes_are_read(name):
     recipe = load_distill_recipe(packaged(name))
     assert recipe.sample.temperatures == (0.6, 1.0)

@@ -44,15 +44,15 @@ def test_the_goldens_are_there():
     assert len(GOLDEN) >= 10
 
 
-def test_quickstart_solutions_are_cut_at_their_lines():
-    """reasoning-gym's solutions (chain sums, GSM-Symbolic) write one sentence a line."""
+def test_quickstart_samples_are_cut_at_their_lines():
+    """The quickstart's teacher writes one sentence a line."""
     count = 0
     for name in ("stage1", "stage2"):
         for line in (QUICKSTART / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             output = json.loads(line)["output"]
             assert pieces(output) == output.splitlines(keepends=True)
             count += 1
-    assert count > 5000
+    assert count > 1500
 
 
 @pytest.mark.parametrize(
