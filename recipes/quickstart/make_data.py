@@ -254,7 +254,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: beside this script")
-    parser.add_argument("--corpora", type=Path, help="a directory for teacher.jsonl and student.jsonl (22 MB)")
+    parser.add_argument("--corpora", type=Path, help="a directory for what is trained on (32 MB)")
     args = parser.parse_args()
     asked: set[str] = set()  # expressions, so that nothing is asked twice, or asked and trained on, in other words
     for name, count in ASKED.items():
