@@ -80,7 +80,7 @@ def estimate(config: ModelConfig, s: Setting) -> Estimate:
     whole = s.run.gather == "step"
     # One micro-step hands each block's gradients on at once; several add up in fp32, whole, until the last.
     summed = 4 * size if whole and micro_steps > 1 else 4 * size // shards
-    kept, again, gradients = block_values(config, s.run)
+    kept, again, gradients = block_values(config, s.run, s.device)
     return Estimate(
         masters=4 * size // shards,
         moments=8 * size // shards,
@@ -101,14 +101,15 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()) - block, block
 
 
-def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
+def block_values(config: ModelConfig, run: RunOptions, device: str) -> tuple[int, int, int]:
     """Values a token that a block keeps for its backward, that it computes again there, and of gradients meanwhile."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     normed = q + kv if config.qk_norm else 0
-    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, its silu, up and their product.
-    everything = 4 * hidden + normed + 2 * q + 2 * kv + 4 * inner
+    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, up, their product, and where it is
+    # not one kernel the gate's silu.
+    everything = 4 * hidden + normed + 2 * q + 2 * kv + (3 if device == "cpu" else 4) * inner
     products = 3 * hidden + 2 * q + 2 * kv + 2 * inner  # the block's input, and what its matrices and attention give
     kept = {"none": everything, "selective": products, "full": hidden}[run.activation_checkpointing]
     sent = 0

@@ -57,8 +57,8 @@ def test_activations_by_checkpointing_and_context(config):
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_block_keeps_what_is_estimated(config, mode):
-    """Bytes that one block's backward saves, counted while it runs. Torch's operators on a CPU keep up to half more
-    than is counted (norms save their fp32 result besides the input), fused ones a little less."""
+    """Bytes that one block's backward saves, counted while it runs. Attention and norms keep a little more than is
+    counted: a number a row."""
     tokens = 256
     block = Block(config)
     if mode != "none":
@@ -78,11 +78,11 @@ def test_a_block_keeps_what_is_estimated(config, mode):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x, pack)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    kept, *_ = memory.block_values(config, RunOptions(activation_checkpointing=mode))
+    kept, *_ = memory.block_values(config, RunOptions(activation_checkpointing=mode), "cpu")
     if mode == "selective":  # what it keeps lies in the checkpoint's own cache, which no hook sees
-        assert kept < memory.block_values(config, RunOptions())[0]
+        assert kept < memory.block_values(config, RunOptions(), "cpu")[0]
     else:
-        assert (1.0 if mode == "full" else 0.85) <= measured / (4 * tokens * kept) <= (1.0 if mode == "full" else 1.5)
+        assert 1.0 <= measured / (4 * tokens * kept) <= (1.0 if mode == "full" else 1.1)
 
 
 def test_a_knob_that_is_named_makes_it_fit(config):
