@@ -131,7 +131,7 @@ def plain_loop(directory: Path, tokens: int, dtype: torch.dtype) -> None:
 
 def trl(directory: Path, tokens: int, **changes: Any) -> None:
     """SFTTrainer with packing and bf16, else its defaults."""
-    import datasets  # type: ignore[import-untyped,unused-ignore]
+    import datasets
     import transformers
     from trl import SFTConfig, SFTTrainer
 

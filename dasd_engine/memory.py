@@ -65,7 +65,7 @@ class Estimate:
         return self.states + self.activations + max(self.block, self.loss) + self.checkpoint
 
     def __str__(self) -> str:
-        parts = [f"{name} {size / GIB:,.2f}" for name, size in vars(self).items() if size]
+        parts = [f"{name} {size / GIB:,.2f}" for name, size in vars(self).items() if size >= 0.005 * GIB]
         return f"{self.total / GIB:,.2f} GiB a rank ({', '.join(parts)}; of block and loss the larger counts)"
 
 
