@@ -107,8 +107,8 @@ def block_values(config: ModelConfig, run: RunOptions, device: str) -> tuple[int
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     normed = q + kv if config.qk_norm else 0
-    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, up, their product and, where SwiGLU
-    # is not one kernel, the gate's silu.
+    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, up, their product, and the gate's
+    # silu where SwiGLU is not one kernel.
     everything = 4 * hidden + normed + 2 * q + 2 * kv + (3 if device == "cpu" else 4) * inner
     products = 3 * hidden + 2 * q + 2 * kv + 2 * inner  # the block's input, and what its matrices and attention give
     kept = {"none": everything, "selective": products, "full": hidden}[run.activation_checkpointing]
