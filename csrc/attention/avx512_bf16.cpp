@@ -160,6 +160,7 @@ void store_turned(const float* dqt, int64_t rows, int64_t width, const Heads& dq
 
 void backward_task(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const float* lse,
                    const Heads& dout, const Heads& dq, float* dk, float* dv, int64_t length, BackwardScratch& x) {
+  if (length == 0) return;  // a pack of no tokens has no memory to clear
   const int64_t width = pack.width, depth = round_up(length, 2), ld = round_up(length, 16);
   transposed(q.data, q.token_stride, length, width, x.qt.data);
   transposed(dout.data, dout.token_stride, length, width, x.dot.data);
