@@ -1,7 +1,7 @@
 """How often the teacher brings to a right end what a student has begun.
 
     python recipes/quickstart/repair_rate.py --student recipes/quickstart/student
-    python recipes/quickstart/repair_rate.py --student runs/quickstart/train-high/export/high --problems FILE
+    python recipes/quickstart/repair_rate.py --student runs/method/train-high/export/high --problems FILE
 
 As in mix: the student answers each problem at temperature 1, its response is cut behind a share u of its tokens,
 u ~ Uniform(1/2, 1), and the teacher continues at temperature 1. Cuts behind the end of the thinking are left out: there
