@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dasd_engine.bakeoff_arms import DESIGNS, Group
 from dasd_engine.bakeoff_plan import Plan, duration
+from dasd_engine.comparisons import points, said
 from dasd_engine.evaluation_report import EvalReport, percent
 from dasd_engine.paired import POWER, Pair, against
 
@@ -23,7 +24,7 @@ def print_plan(
     for group in groups:
         arms = ", ".join(arm.name for arm in group.arms if arm.name != group.reference)
         print(f"  {group.name}: {arms}; beside {group.reference}")
-        print(f"    a difference of {_points(planned[group.name])} will be seen with {POWER:.0%} probability")
+        print(f"    a difference of {points(planned[group.name])} will be seen with {POWER:.0%} probability")
     print("  no arm is dropped early; 95 % is for all intervals together", flush=True)
 
 
@@ -65,30 +66,6 @@ def _print_group(name: str, group: dict[str, Any]) -> None:
     (console if console.is_terminal else Console(width=160)).print(table)  # a log has no width
     for line in said(group):
         print(f"  {line}")
-
-
-def said(group: dict[str, Any]) -> list[str]:
-    """A group's verdict in words."""
-    verdict, reference, seen = group["verdict"], group["reference"], group["detectable"]
-    if verdict["best"] is None:
-        lines = ["cannot tell"]
-    elif verdict["best"] == reference:
-        lines = [f"take {reference}: it is better than every other arm"]
-    else:
-        lines = [f"take {verdict['best']}: better than {reference} with equal samples and with equal tokens"]
-        if alike := [arm for arm in verdict["alike"] if arm != reference]:
-            lines.append(f"not told apart from it: {', '.join(alike)}")
-    if verdict["partly"]:
-        lines.append(f"better with equal samples or with equal tokens, not both: {', '.join(verdict['partly'])}")
-    if verdict["worse"] and verdict["best"] != reference:
-        lines.append(f"worse than {reference} in both: {', '.join(verdict['worse'])}")
-    worst = max(seen["measured"].values())
-    lines.append(f"could see a difference of {_points(worst)} (planned {_points(seen['planned'])})")
-    return lines
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f} points"
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -2,9 +2,11 @@
 
     python -m dasd_engine.report runs/distill                          writes runs/distill/report.html
     python -m dasd_engine.report runs/a --compare runs/b runs/c --out all.html
+    python -m dasd_engine.report runs/bakeoff --figures figures        its plots as SVG files too
 
-RUN is a run of dasd_engine.train or the `out` of dasd_engine.distill, finished or on its way. The page is opened from
-the file and loads nothing. What it shows: docs/report.md.
+RUN is a run of dasd_engine.train or the `out` of dasd_engine.distill, finished or on its way; a finished bake-off; or
+the file with the results of the ablations. The page is opened from the file and loads nothing. What it shows:
+docs/report.md.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from dasd_engine import forest
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.report_run import Run, read_run
 
@@ -24,19 +27,26 @@ PAGE = Path(__file__).parent / "report_page"
 BINS = 40  # of a histogram of lengths
 
 
-def report(runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], out: Path | None = None) -> Path:
-    """Write the page about one run, or several side by side; returns its path, by default RUN/report.html.
+def report(
+    runs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], out: Path | None = None,
+    figures: Path | None = None,
+) -> Path:  # fmt: skip
+    """Write the page about one run, or several side by side; returns its path, by default RUN/report.html, or
+    RESULTS.html beside RESULTS.json. `figures`: a directory that gets what was compared as SVG files.
 
     Raises InputError for a directory that is no run, or in which nothing is there to be shown yet.
     """
     given = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     paths = [Path(run) for run in given]
-    path = out or paths[0] / "report.html"
-    text = render([read_run(run) for run in paths])
+    path = out or (paths[0].with_suffix(".html") if paths[0].is_file() else paths[0] / "report.html")
+    read = [read_run(run) for run in paths]
+    text = render(read)
     try:
         path.write_text(text, encoding="utf-8")
+        if figures:
+            forest.write_figures([one for run in read for one in run.comparisons], figures)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another --out") from None
+        raise InputError(f"{error.filename}: cannot be written ({error.strerror}); name another") from None
     return path
 
 
@@ -49,11 +59,12 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(count=_count, duration=_duration, percent=_percent)
+    environment.filters.update(count=_count, duration=_duration, percent=_percent, draw=forest.draw)
     files = {name: (PAGE / file).read_text(encoding="utf-8") for name, file in (
         ("css", "page.css"), ("js", "page.js"), ("uplot_css", "uPlot.min.css"), ("uplot_js", "uPlot.iife.min.js"),
         ("licence", "uPlot.LICENSE"),
     )}  # fmt: skip
+    files["css"] += forest.style()
     return environment.get_template("page.html").render(runs=runs, data=_script([_data(run) for run in runs]), **files)
 
 
@@ -118,11 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dasd_engine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="directory of a run of train or distill")
+    add("run", type=Path, metavar="RUN", help="directory of a run of train, distill or bakeoff, or results as JSON")
     add("--compare", type=Path, nargs="+", default=[], metavar="RUN", help="further runs, on the same page")
-    add("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    add("--out", type=Path, metavar="FILE", help="default: RUN/report.html, or RESULTS.html beside RESULTS.json")
+    add("--figures", type=Path, metavar="DIR", help="what was compared as SVG files, on white")
     args = parser.parse_args(arguments)
-    path = report([args.run, *args.compare], args.out)
+    path = report([args.run, *args.compare], args.out, args.figures)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; open it in a browser")
 
 

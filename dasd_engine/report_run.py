@@ -1,4 +1,5 @@
-"""What the report shows of a run: read from a directory of train or of distill, however far it has come.
+"""What the report shows of a run: read from a directory of train or of distill, however far it has come; or of what
+was compared: from a directory of bakeoff, or the file with the ablations' results.
 
 Curves are cut to at most `POINTS` points, each the mean of consecutive steps (the loss with their least and greatest),
 so that a run of any length makes a page of the same size.
@@ -11,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from dasd_engine.comparisons import Comparison, of_ablations, of_bakeoff
 from dasd_engine.errors import InputError
-from dasd_engine.evaluation_report import EvalReport, as_report, levels
-from dasd_engine.records import MANIFEST, read_json
+from dasd_engine.evaluation_report import EvalReport, as_report, levels, percent
+from dasd_engine.records import ASKED, MANIFEST, read_json
 from dasd_engine.report_text import Samples, Texts, read_samples, read_texts
 
 POINTS = 600  # of a curve: more than a page is wide
 _CURVES = ("lr", "grad_norm", "tokens_per_s", "mfu", "fill", "balance")
 _ORDER = ("sample", "score", "select", "prepare", "train", "mix", "evaluate")  # a distillation is known by these
-_METRICS = "metrics.jsonl"
+_METRICS, _RESULT = "metrics.jsonl", "result.json"
 
 
 @dataclass
@@ -27,28 +29,40 @@ class Run:
     """All that the page shows of one run. `notes`: what is missing or cut, in words."""
 
     name: str
-    kind: str  # "train" or "distill"
+    kind: str  # "train", "distill", or "results" of a bake-off or ablations
     facts: dict[str, str] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)  # rows of the stage table
     curves: list[dict[str, Any]] = field(default_factory=list)  # of each stage of training
     lengths: dict[str, np.ndarray] = field(default_factory=dict)  # tokens of each document or response, by group
     deltas: dict[str, Any] = field(default_factory=dict)
     evaluations: list[tuple[str, EvalReport]] = field(default_factory=list)  # with the name of the student
+    comparisons: list[Comparison] = field(default_factory=list)
+    paste: str = ""  # the bake-off's lines for the recipe
     texts: Texts | None = None
     samples: Samples | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(directory: Path) -> Run:
-    """Raises InputError for a directory that is no run, or in which nothing is there to be shown yet."""
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; name that of a run of dasd_engine.train or distill")
-    if any(child.name.partition("-")[0] in _ORDER and child.is_dir() for child in directory.iterdir()):
-        return _distill(directory)
-    if (directory / "recipe.json").exists() or (directory / _METRICS).exists():
-        return _train(directory)
+def read_run(path: Path) -> Run:
+    """Raises InputError for what is no run and no results, or in which nothing is there to be shown yet."""
+    if path.is_file():
+        return _ablations(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; name that of a run of dasd_engine.train or distill")
+    if (path / ASKED).exists() and read_json(path / ASKED).get("command") == "bakeoff":
+        return _bakeoff(path)
+    compared = path / "bakeoff"
+    if any(child.name.partition("-")[0] in _ORDER and child.is_dir() for child in path.iterdir()):
+        run = _distill(path)
+        if (compared / _RESULT).exists():
+            _compared(run, compared)
+        return run
+    if (path / "recipe.json").exists() or (path / _METRICS).exists():
+        return _train(path)
+    if compared.is_dir():  # made before anything else of the recipe
+        return read_run(compared)
     raise InputError(
-        f"{directory}: holds neither stages of dasd_engine.distill nor {_METRICS} of dasd_engine.train; "
+        f"{path}: holds neither stages of dasd_engine.distill nor {_METRICS} of dasd_engine.train; "
         "name the `out` of a recipe"
     )
 
@@ -227,6 +241,42 @@ def _deltas(report: dict[str, Any]) -> dict[str, Any]:
             if "student_tokens_mean" in section["lengths"][name]
         },
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- what was compared
+
+
+def _bakeoff(directory: Path) -> Run:
+    run = Run(directory.resolve().name, "results")
+    if not (directory / _RESULT).exists():
+        raise InputError(f"{directory}: its runs are not finished; go on with the command that began this bake-off")
+    _compared(run, directory)
+    return run
+
+
+def _compared(run: Run, directory: Path) -> None:
+    """What a bake-off has found."""
+    result = read_json(directory / _RESULT)
+    try:
+        run.comparisons, run.paste = of_bakeoff(result), result["paste"]
+        run.notes += [f"left out of the bake-off: {name}: {reason}" for name, reason in result["left_out"].items()]
+        run.facts["bake-off"] = (
+            f"{result['seeds']} seeds of {result['plan']['rows']:,} rows, {result['problems']:,} development problems, "
+            f"{percent(result['base'])} before training, {result['spent'] / 60:,.0f} minutes"
+        )
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{directory / _RESULT}: is no result of this version of bakeoff; run it anew") from None
+
+
+def _ablations(path: Path) -> Run:
+    results, run = read_json(path), Run(path.stem, "results")
+    try:
+        run.comparisons = of_ablations(results)
+        run.facts = {name: regime["about"] for name, regime in results["regimes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}: holds no results of python -m bench.ablations; name those, or a run") from None
+    run.facts |= {"source": results["commit"]} if results.get("commit") else {}
+    return run
 
 
 # ---------------------------------------------------------------------------------------------- both

@@ -272,16 +272,18 @@ function samples(run) {
   }
 }
 
-training();
-for (const run of runs) {
-  lengths(run);
-  sentences(run);
-  samples(run);
+if (document.getElementById("training")) { // not on a page of comparisons alone
+  training();
+  for (const run of runs) {
+    lengths(run);
+    sentences(run);
+    samples(run);
+  }
+  reader();
+  empty("lengths", "No lengths are there.");
+  empty("sentences", "No scored sentences are there.");
+  empty("samples", "No evaluated answers are there.");
 }
-reader();
-empty("lengths", "No lengths are there.");
-empty("sentences", "No scored sentences are there.");
-empty("samples", "No evaluated answers are there.");
 const drawAll = () => charts.forEach((draw) => draw());
 requestAnimationFrame(() => setTimeout(drawAll)); // after the first paint
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

@@ -41,6 +41,19 @@ def write_train_run(path: Path, steps: int = 20) -> Path:
     return path
 
 
+def write_ablations(path: Path) -> Path:
+    """Results of two regimes, one family of three arms each, on two sets of problems."""
+    one = {
+        "pass_at_1": {"low": 0.5, HOSTILE: 0.4, "both": 0.6}, "tokens": {"low": 10, HOSTILE: 20, "both": 30},
+        "pairs": [{"a": "low", "b": HOSTILE, "difference": -0.1, "interval": [-0.15, -0.05]},
+                  {"a": "low", "b": "both", "difference": 0.1, "interval": [-0.01, 0.21]}],
+    }  # fmt: skip
+    family = {"title": "temperatures", "reference": "low", "arms": list(one["tokens"]), "sets": {"A": one, "B": one}}
+    regimes = {name: {"about": f"the {name}", "families": {"temperature": family}} for name in ("pilot", "chance")}
+    path.write_text(json.dumps({"regimes": regimes, "commit": "abc"}))
+    return path
+
+
 def response(id: str, correct: bool, output: str) -> Response:
     return Response(id, "sums", 1.0, 0, f"{HOSTILE} {id}", "2", correct, "stop", 9, output)
 

@@ -12,12 +12,13 @@ from dasd_engine import bakeoff
 from dasd_engine.bakeoff import Asked, split
 from dasd_engine.bakeoff_arms import SCHEDULES, Arm, Choice, Rows, count_tokens, make_groups, paste, pick, stage_rows
 from dasd_engine.bakeoff_plan import LEAST_SEEDS, MOST_SEEDS, Clock, Cost, Plan, fits, make_plan, parse_budget
-from dasd_engine.bakeoff_report import said
 from dasd_engine.bakeoff_runs import Bench
+from dasd_engine.comparisons import said
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import load_distill_recipe
 from dasd_engine.errors import InputError
 from dasd_engine.questions import read_questions
+from dasd_engine.report import report
 
 OPTIONS = ["--budget", "1h", "--arms", "temperatures,mix", "--development", "8"]
 
@@ -255,7 +256,22 @@ def test_the_split_is_seeded_and_keeps_a_question_where_it_was_when_others_come(
     assert {q.id for q in other} != {q.id for q in training}
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------- words and figures
+
+
+def test_the_report_shows_every_group_with_its_intervals(finished, tmp_path):
+    text = report(finished.parent / "run", tmp_path / "page.html", figures=tmp_path).read_text()
+    for name, group in result(finished)["groups"].items():
+        assert f"{name}: above {group['reference']}" in text
+        assert f"could see a difference of {100 * max(group['detectable']['measured'].values()):.1f} points" in text
+        for design in ("samples", "tokens"):
+            for arm, mean in group["pass_at_1"][design].items():
+                assert f">{arm}</text>" in text and f">{100 * mean:.1f} %</text>" in text
+            for pair in group["pairs"][design]:
+                if group["reference"] == pair["a"]:
+                    assert f">{100 * pair['difference']:+.1f} (".replace("-", "−").replace("+0.0", "0.0") in text
+        assert (tmp_path / f"bakeoff-{name}.svg").exists()
+    assert result(finished)["paste"].splitlines()[0] in text
 
 
 def test_a_verdict_in_words():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distill_runs import write_distillation
-from report_runs import HOSTILE, write_metrics, write_scored_run, write_train_run
+from report_runs import HOSTILE, write_ablations, write_metrics, write_scored_run, write_train_run
 
 from dasd_engine import distill
 from dasd_engine.errors import InputError
@@ -128,6 +128,21 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     assert "run (2)" in page.text
 
 
+def test_a_page_of_the_ablations_and_their_figures(tmp_path):
+    results = write_ablations(tmp_path / "ablations.json")
+    main([str(results), "--figures", str(tmp_path / "figures")])
+    page = Page(tmp_path / "ablations.html")
+    shown = ("the pilot", "chance: temperatures: above low", "−10.0 (−15.0 to −5.0)", "not told apart from low: both")
+    assert all(text in page.text for text in shown)
+    assert "Reader" not in page.text and not page.runs[0]["curves"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "chance-temperature.svg", "pilot-temperature.svg",
+    ]  # fmt: skip
+    main([str(write_train_run(tmp_path / "run")), "--compare", str(results)])
+    page = Page(tmp_path / "run" / "report.html")
+    assert "chance: temperatures" in page.text and "Learning" not in page.text and "Reader" in page.text
+
+
 # ---------------------------------------------------------------------------------------------- what it is made of
 
 
@@ -166,6 +181,16 @@ def test_what_is_no_run_is_said(tmp_path):
         report(tmp_path / "none")
     with pytest.raises(InputError, match=r"holds neither stages of dasd_engine.distill nor metrics.jsonl"):
         report(tmp_path)
+    (tmp_path / "other.json").write_text('{"regimes": 3}')
+    with pytest.raises(InputError, match=r"other.json: holds no results of python -m bench.ablations"):
+        report(tmp_path / "other.json")
+    (tmp_path / "bakeoff").mkdir()
+    (tmp_path / "bakeoff" / "asked.json").write_text('{"command": "bakeoff"}')
+    with pytest.raises(InputError, match=r"bakeoff: its runs are not finished; go on with the command"):
+        report(tmp_path)
+    (tmp_path / "bakeoff" / "result.json").write_text('{"groups": {}}')
+    with pytest.raises(InputError, match=r"result.json: is no result of this version of bakeoff"):
+        report(tmp_path / "bakeoff")
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(InputError, match=r"no step of training is in metrics.jsonl yet"):
         report(tmp_path)
@@ -223,7 +248,9 @@ addEventListener("load", () => setTimeout(() => {
   key(plot, "End");
   const drawn = [...document.querySelectorAll("canvas")].map((c) => c.width * c.height > 0);
   done({ said, second, where: reader.querySelector("[role=status]").textContent, drawn,
-    legend: plot.querySelector(".u-legend .u-value").textContent, figures: document.querySelectorAll("figure").length,
+    legend: plot.querySelector(".u-legend .u-value").textContent,
+    figures: document.querySelectorAll(".charts figure").length,
+    forests: [...document.querySelectorAll("figure .forest")].map((f) => f.getBoundingClientRect().width),
     wide: document.documentElement.scrollWidth <= innerWidth, hacked: "hacked" in window });
 }, 500));
 """
@@ -235,7 +262,7 @@ def test_in_a_browser(tmp_path, size):
     """No error in the console, all charts drawn, sentences and charts read by keyboard, nothing wider than the page."""
     run = write_scored_run(tmp_path / "run", questions=3, sentences=4)
     write_train_run(run / "train-low", 1500)
-    path = report(run)
+    path = report([run, write_ablations(tmp_path / "ablations.json")])
     path.write_text(path.read_text().replace("</body>", f"<script>{VISITOR}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
                f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--virtual-time-budget=5000"]
@@ -247,4 +274,5 @@ def test_in_a_browser(tmp_path, size):
     assert seen["second"]["said"] == "teacher sentence: p_T 0.900, p_S 0.100, Δ\u00a0+0.80 (9 and 8 tokens)"
     assert seen["where"] == "question 2 of 3" and seen["legend"] == "2,249"  # the first of the last point's steps
     assert seen["figures"] == len(seen["drawn"]) > 8 and all(seen["drawn"])
+    assert len(seen["forests"]) == 2 and min(seen["forests"]) > 600
     assert seen["wide"] and not seen["hacked"]
