@@ -3,14 +3,18 @@
     result.json of dasd_engine.bakeoff     a comparison for each group, with equal samples and with equal tokens
     bench/results/ablations.json           {"regimes": {NAME: {"about", "families": {FAMILY: {"title", "reference",
         "arms": [names], "sets": {SET: {"pass_at_1": {arm: mean}, "tokens": {arm: mean}, "pairs": [{"a", "b",
-        "difference", "interval"}, ...]}}}}}}}: a comparison for each family, on each set of problems
+        "difference", "interval"}, ...]}}}, "claims": [{"said", "verdict", "sets": {SET: {"difference", "interval"}}}],
+        "sweep": [{"set", "step", "base", "above_random": {arm: {"difference", "interval"}}}]}}}: a comparison for each
+        family, on each set of problems; one for the claims and one a set for the sweep, where there are some
 
 `report` shows them, `forest` draws them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from dasd_engine.evaluation_report import percent
 
 Difference = tuple[float, float, float]  # of pass@1, and the ends of its interval
 
@@ -20,9 +24,9 @@ class Series:
     """One design, or one set of problems. By arm; the reference has no difference."""
 
     name: str
-    pass_at_1: dict[str, float]
-    tokens: dict[str, float]  # trained on
     against: dict[str, Difference]  # above the reference
+    pass_at_1: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)  # trained on
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,6 @@ class Comparison:
 
     name: str
     title: str
-    reference: str
     arms: list[str]
     series: list[Series]
     said: list[str]
@@ -39,40 +42,70 @@ class Comparison:
 
 def of_bakeoff(result: dict[str, Any]) -> list[Comparison]:
     """`result`: what result.json holds. KeyError or TypeError where it is none."""
-    return [
-        Comparison(f"bakeoff-{name}", name, group["reference"], *_arms(group, "equal "), said(group))
-        for name, group in result["groups"].items()
-    ]
-
-
-def _arms(group: dict[str, Any], word: str) -> tuple[list[str], list[Series]]:
-    series = [
-        Series(word + name, group["pass_at_1"][name], group["tokens"][name], _against(pairs, group["reference"]))
-        for name, pairs in group["pairs"].items()
-    ]
-    return list(series[0].pass_at_1), series
+    found = []
+    for name, group in result["groups"].items():
+        pass_at_1, tokens, reference = group["pass_at_1"], group["tokens"], group["reference"]
+        series = [
+            Series(f"equal {design}", _against(pairs, reference), pass_at_1[design], tokens[design])
+            for design, pairs in group["pairs"].items()
+        ]
+        arms = list(series[0].pass_at_1)
+        found.append(Comparison(f"bakeoff-{name}", f"{name}: above {reference}", arms, series, said(group)))
+    return found
 
 
 def of_ablations(results: dict[str, Any]) -> list[Comparison]:
     """`results`: what bench/results/ablations.json holds. KeyError or TypeError where it is none."""
     found = []
     for regime, value in results["regimes"].items():
+        if claims := value.get("claims"):
+            found.append(_claims(regime, claims))
         for name, family in value["families"].items():
             reference, arms = family["reference"], family["arms"]
             series = [
-                Series(f"set {key}", one["pass_at_1"], one["tokens"], _against(one["pairs"], reference))
+                Series(f"set {key}", _against(one["pairs"], reference), one["pass_at_1"], one["tokens"])
                 for key, one in family["sets"].items()
             ]
-            title = f"{regime}: {family['title']}"
-            found.append(Comparison(f"{regime}-{name}", title, reference, arms, series, told(reference, arms, series)))
+            title = f"{regime}: {family['title']}: above {reference}"
+            found.append(Comparison(f"{regime}-{name}", title, arms, series, told(reference, arms, series)))
+        found += _sweep(regime, value.get("sweep", []))
     return found
+
+
+def _claims(regime: str, claims: Sequence[dict[str, Any]]) -> Comparison:
+    series = [
+        Series(f"set {key}", {claim["said"]: _difference(claim["sets"][key]) for claim in claims})
+        for key in claims[0]["sets"]
+    ]
+    verdicts: dict[str, list[str]] = {}
+    for claim in claims:
+        verdicts.setdefault(claim["verdict"], []).append(claim["said"])
+    words = [f"{verdict}: {'; '.join(found)}" for verdict, found in verdicts.items()]
+    return Comparison(f"{regime}-claims", f"{regime}: the claims", [claim["said"] for claim in claims], series, words)
+
+
+def _sweep(regime: str, levels: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Of each set of problems, what arms are above `random` for students that start better and better."""
+    found = []
+    for key in dict.fromkeys(level["set"] for level in levels):
+        rows = {f"{v['step']:,} steps, {percent(v['base'])}": v["above_random"] for v in levels if v["set"] == key}
+        arms = list(next(iter(rows.values())))
+        series = [Series(arm, {row: _difference(above[arm]) for row, above in rows.items()}) for arm in arms]
+        title = f"{regime}: above random, by where the students start, set {key}"
+        found.append(Comparison(f"{regime}-sweep-{key}", title, list(rows), series, []))
+    return found
+
+
+def _difference(value: dict[str, Any]) -> Difference:
+    low, high = value["interval"]
+    return value["difference"], low, high
 
 
 def _against(pairs: Sequence[dict[str, Any]], reference: str) -> dict[str, Difference]:
     """As `paired.against`, of pairs as they were written."""
     found: dict[str, Difference] = {}
     for pair in pairs:
-        difference, (low, high) = pair["difference"], pair["interval"]
+        difference, low, high = _difference(pair)
         if pair["a"] == reference:
             found[pair["b"]] = difference, low, high
         elif pair["b"] == reference:

@@ -12,10 +12,11 @@ from pathlib import Path
 from string import Template
 
 from dasd_engine.comparisons import Comparison, Difference, Series
+from dasd_engine.evaluation_report import percent
 
 LINE, GAP, PLOT = 19, 7, 240  # a series' line, between arms, the plot's width; units are pixels
 CHARACTER = 7.2  # a name's, at most in the mean
-COLUMNS = (162, 70, 70)  # what stands right of the plot: difference with its interval, pass@1, tokens
+COLUMNS, HEADS = (162, 70, 70), ("difference (interval)", "pass@1", "tokens")  # right of the plot
 MARKS = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4-4h8v8h-8z", "M0-6 6 0 0 6-6 0z", "M0-5 6 5H-6z")  # of series
 _WHITE = {"back": "#fff", "ink": "#1b1f24", "soft": "#59636e", "grid": "#e6e9ed",
           "c0": "#0b62c4", "c1": "#b4530a", "c2": "#1a7f4e", "c3": "#8a3fc0"}  # fmt: skip
@@ -46,10 +47,11 @@ def draw(comparison: Comparison, white: bool = False) -> str:
     left = max(90.0, CHARACTER * max(map(len, c.arms)) + 16)
     ticks = _ticks([d for one in c.series for d in one.against.values()])
     at = _Scale(left, ticks)
-    edges = [left + PLOT + 14 + sum(COLUMNS[: i + 1]) for i in range(3)]
+    columns = 3 if any(one.pass_at_1 for one in c.series) else 1
+    edges = [left + PLOT + 14 + sum(COLUMNS[: i + 1]) for i in range(columns)]
     block = LINE * len(c.series) + GAP
-    width, height = edges[-1] + 8, top + len(c.arms) * block + 46
-    heads = zip(edges, ("difference (interval)", "pass@1", "tokens"), strict=True)
+    width, height = max(edges[-1], 8 * len(c.title) * white) + 8, top + len(c.arms) * block + 46
+    heads = zip(edges, HEADS, strict=False)
     parts = [*_legend(c.series, left, top - 12), *(_text(x, top - 8, head, "soft end") for x, head in heads)]
     parts += _axis(at, ticks, top, height - 40)
     for i, arm in enumerate(c.arms):
@@ -62,7 +64,7 @@ def draw(comparison: Comparison, white: bool = False) -> str:
         return f"<svg {size}>{''.join(parts)}</svg>"
     told = f"<title>{escape(c.title)}</title><desc>{escape('; '.join(c.said))}</desc><style>{style(True)}</style>"
     back = f'<rect width="100%" height="100%" fill="{_WHITE["back"]}"/>'
-    title = _text(8, 20, f"{c.title}: above {c.reference}", "told")
+    title = _text(8, 20, c.title, "told")
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{told}{back}{title}{"".join(parts)}</svg>\n'
 
 
@@ -127,8 +129,10 @@ def _row(one: Series, number: int, arm: str, at: _Scale, edges: Sequence[float],
         parts.append(_text(edges[0], base, interval, told))
     else:
         parts.append(_text(edges[0], base, "reference", "soft end"))
-    parts.append(_text(edges[1], base, f"{100 * one.pass_at_1[arm]:.1f} %", "end"))
-    return [*parts, _text(edges[2], base, f"{one.tokens[arm]:,.0f}", "end")]
+    if arm in one.pass_at_1:
+        parts.append(_text(edges[1], base, percent(one.pass_at_1[arm]), "end"))
+        parts.append(_text(edges[2], base, f"{one.tokens[arm]:,.0f}", "end"))
+    return parts
 
 
 def _mark(number: int, x: float, y: float) -> str:

@@ -15,10 +15,10 @@ def comparison(differences=None, sets=("A",)) -> Comparison:
     differences = DIFFERENCES if differences is None else differences
     arms = ["random", *differences]
     series = [
-        Series(f"set {name}", {arm: 0.5 + differences.get(arm, (0,))[0] for arm in arms}, dict.fromkeys(arms, 1234.0),
-               differences) for name in sets
+        Series(f"set {name}", differences, {arm: 0.5 + differences.get(arm, (0,))[0] for arm in arms},
+               dict.fromkeys(arms, 1234.0)) for name in sets
     ]  # fmt: skip
-    return Comparison("chance-rules", "rules & all", "random", arms, series, ["cannot tell"])
+    return Comparison("chance-rules", "rules & all", arms, series, ["cannot tell"])
 
 
 def svg(drawn: str):
@@ -87,15 +87,28 @@ def test_ablations_are_read_whichever_way_a_pair_was_compared():
     one = {"pass_at_1": means, "tokens": tokens, "pairs": pairs}
     family = {"title": "temperatures", "reference": "low", "arms": list(means), "sets": {"A": one, "B": one}}
     (found,) = of_ablations({"regimes": {"chance": {"about": "", "families": {"temperature": family}}}})
-    assert (found.name, found.title) == ("chance-temperature", "chance: temperatures")
+    assert (found.name, found.title) == ("chance-temperature", "chance: temperatures: above low")
     assert [s.name for s in found.series] == ["set A", "set B"] and found.arms == ["low", "high", "both"]
     assert found.series[0].against == {"high": (-0.1, -0.15, -0.05), "both": (0.1, -0.01, 0.2)}
     assert found.said == ["worse than low on set A and set B: high", "not told apart from low: both"]
 
 
+def test_claims_and_the_sweep_are_drawn_too():
+    one = {"difference": 0.1, "interval": [0.05, 0.15]}
+    claims = [{"said": "high beats low", "verdict": "agrees", "sets": {"A": one, "B": one}}]
+    sweep = [{"set": "A", "step": step, "base": 0.2, "above_random": {"ratio": one}} for step in (1000, 2000)]
+    value = {"about": "", "families": {}, "claims": claims, "sweep": sweep}
+    first, second = of_ablations({"regimes": {"chance": value}})
+    assert (first.name, first.arms, first.said) == ("chance-claims", ["high beats low"], ["agrees: high beats low"])
+    assert (second.name, second.arms) == ("chance-sweep-A", ["1,000 steps, 20.0 %", "2,000 steps, 20.0 %"])
+    assert second.series == [Series("ratio", dict.fromkeys(second.arms, (0.1, 0.05, 0.15)))]
+    text = [x.text for x in svg(draw(second)).iter("text")]
+    assert text.count("+10.0 (+5.0 to +15.0)") == 2 and "tokens" not in text
+
+
 def test_what_holds_on_one_set_alone_is_said_so():
-    a = Series("set A", {}, {}, {"x": (0.1, 0.05, 0.15), "y": (0.1, 0.05, 0.15)})
-    b = Series("set B", {}, {}, {"x": (0.0, -0.05, 0.05), "y": (-0.1, -0.15, -0.05)})
+    a = Series("set A", {"x": (0.1, 0.05, 0.15), "y": (0.1, 0.05, 0.15)})
+    b = Series("set B", {"x": (0.0, -0.05, 0.05), "y": (-0.1, -0.15, -0.05)})
     assert told("r", ["r", "x", "y"], [a, b]) == [
         "better on one alone: x (set A), y (set A)", "worse on one alone: y (set B)",
     ]  # fmt: skip
