@@ -12,7 +12,7 @@ which finds a mistake: "wait that is wrong . redo it ." Mistakes are part of wha
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 Step = tuple[int, str, int]  # total before, "+" or "-", number
 STICK = 0.8
@@ -60,7 +60,8 @@ def result(step: Step) -> int:
 
 def make_problem(rng: random.Random, lengths: tuple[int, ...]) -> Problem:
     """One with as many steps as one of `lengths`."""
-    start, terms, said = rng.randrange(100), [], []
+    start, said = rng.randrange(100), list[str]()
+    terms: list[tuple[str, int | None]] = []
     for _ in range(rng.choice(lengths)):
         if rng.random() < 0.15:
             terms.append(("+", None))
@@ -110,7 +111,8 @@ def solve(problem: Problem, habits: Habits, rng: random.Random) -> str:
     """A response; its answer is wrong where a mistake was not found."""
     lines = []
     if rng.random() < habits.plan:
-        lines.append("plan : " + " , ".join(f"{op} {'it' if n is None else f'{n:02}'}" for op, n in problem.terms) + " .")
+        parts = [f"{op} {'it' if number is None else f'{number:02}'}" for op, number in problem.terms]
+        lines.append(f"plan : {' , '.join(parts)} .")
     checks, style, total = rng.random() < habits.check, draw(habits, rng), problem.start
     for op, number in problem.terms:
         step = (total, op, total if number is None else number)
@@ -139,7 +141,9 @@ def draw(habits: Habits, rng: random.Random) -> str:
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def rows(seed: str, count: int, lengths: tuple[int, ...], asked: set[str], habits: Habits | None) -> Iterator[dict[str, str]]:
+def rows(
+    seed: str, count: int, lengths: tuple[int, ...], asked: set[str], habits: Habits | None
+) -> Iterator[dict[str, str]]:  # fmt: skip
     """Rows in the schema of the released data, of problems that are not in `asked`: questions alone without `habits`,
     which then are added to it."""
     rng = random.Random(seed)

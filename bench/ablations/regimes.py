@@ -1,6 +1,6 @@
 """The two regimes of the ablations: a teacher, five students before distillation, questions, two sets of problems.
 
-    OUT/REGIME/data/      questions.jsonl (the teacher is asked), A.jsonl and B.jsonl (problems), what students learn first
+    OUT/REGIME/data/      questions.jsonl (the teacher is asked), A.jsonl, B.jsonl (problems), what is learnt first
     OUT/REGIME/teacher/   the teacher, where it is none that ships
     OUT/REGIME/starts/    sSEED: a student's first training; sSEED-STEP: the student at that step of it
 
@@ -9,11 +9,10 @@ All of it comes from fixed seeds. The settings are those of docs/ablations-plan.
 
 import contextlib
 import importlib
-import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dasd_engine import distributed
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
 from dasd_engine.export import DTYPES, export
-from dasd_engine.records import write_rows
+from dasd_engine.records import read_rows, write_rows
 from dasd_engine.train import train
 
 HERE = Path(__file__).parent
@@ -39,13 +38,14 @@ class Size:
     """What --quick makes smaller."""
 
     seeds: int = 5
-    questions: int = 1000
-    rows: int = 400  # of a stage
     problems: int = 120  # of each set
-    corpus: float = 1.0  # of what teacher and students learn first
+    share: float = 1.0  # of questions, of rows, of what teacher and students learn first
+
+    def of(self, count: int) -> int:
+        return round(self.share * count)
 
 
-QUICK = Size(seeds=2, questions=120, rows=40, problems=16, corpus=0.08)
+QUICK = Size(seeds=2, problems=16, share=0.1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Regime:
 
     name: str
     about: str
+    questions: int
+    rows: int  # of a stage
     steps: tuple[int, ...]
     write_data: Callable[[Path, Size], None]
     overrides: tuple[str, ...] = ()  # of the students' first training
@@ -125,15 +127,12 @@ def write_chance(data: Path, size: Size) -> None:
     """The quickstart's world: its teacher and its questions; problems of neither set are in any other file of it."""
     asked: set[str] = set()
     for name in quickstart.ASKED:
-        rows = [json.loads(line) for line in open(QUICKSTART / f"{name}.jsonl", encoding="utf-8")]
+        rows = [row for _, row in read_rows(QUICKSTART / f"{name}.jsonl")]
         asked |= {numbers(row["input"]) for row in rows}
         if name == "questions":
-            write_rows(data / "questions.jsonl", rows[: size.questions])
-    # quickstart.student_rows keeps away from what it is given as expressions, the quickstart's own questions.
-    known = expressions()
-    corpus = quickstart.student_rows(random.Random(f"{quickstart.SEED} student"), known)
-    corpus = list(corpus)
-    write_rows(data / "student.jsonl", corpus[: round(size.corpus * len(corpus))])
+            write_rows(data / "questions.jsonl", rows[: size.of(CHANCE.questions)])
+    corpus = list(quickstart.student_rows(random.Random(f"{quickstart.SEED} student"), expressions()))
+    write_rows(data / "student.jsonl", corpus[: size.of(len(corpus))])
     asked |= {numbers(row["input"]) for row in corpus}
     for name, lengths in zip(SETS, ((2, 3), (3,)), strict=True):
         rng, rows = random.Random(f"ablations {name}"), []
@@ -168,12 +167,12 @@ def numbers(question: str) -> str:
 def write_pilot(data: Path, size: Size) -> None:
     asked: set[str] = set()
     for name, count, lengths in (
-        ("questions", size.questions, (3, 4, 5)), ("A", size.problems, (3, 4, 5)), ("B", size.problems, (5,))
+        ("questions", size.of(PILOT.questions), (3, 4, 5)), ("A", size.problems, (3, 4, 5)), ("B", size.problems, (5,))
     ):  # fmt: skip
         write_rows(data / f"{name}.jsonl", list(pilot_task.rows(f"pilot {name}", count, lengths, asked, None)))
 
     def corpus(seed: str, count: int, lengths: tuple[int, ...], habits: pilot_task.Habits) -> list[dict[str, Any]]:
-        return list(pilot_task.rows(f"pilot {seed}", round(size.corpus * count), lengths, asked, habits))
+        return list(pilot_task.rows(f"pilot {seed}", size.of(count), lengths, asked, habits))
 
     teacher = corpus("teacher", 36_000, (1, 2, 3, 4, 5), pilot_task.TEACHER)
     easy = corpus("easy", 8_000, (1, 2), pilot_task.DIRECT)
@@ -191,14 +190,21 @@ def write_pilot(data: Path, size: Size) -> None:
 
 CHANCE = Regime(
     "chance",
-    "the quickstart's teacher (nine of ten right at T = 1, repairs what it is given) and students that know every step",
-    (4000, 1000, 2000, 8000),
+    "the quickstart's teacher (nine of ten right at T = 1, repairs direct steps), students that know single steps",
+    1000,
+    320,
+    (4000, 1000, 6000, 8000),
     write_chance,
     ("checkpoint.every=1000", "checkpoint.keep=20"),
     QUICKSTART.parent / "student.toml",
     QUICKSTART / "teacher",
 )
 PILOT = Regime(
-    "pilot", "the pilot's noisy teacher, and students taught by its like on shorter problems", (1_000_000,), write_pilot
+    "pilot",
+    "the pilot's noisy teacher, and students taught by its like on shorter problems",
+    1400,
+    600,
+    (1_000_000,),  # whenever it ends
+    write_pilot,
 )
 REGIMES = (CHANCE, PILOT)

@@ -1,0 +1,104 @@
+"""Does each part of the method work, in two small worlds? Every run of docs/ablations-plan.md, and its tables.
+
+    python -m bench.ablations                         all of it: hours on two cores; started again, it goes on
+    python -m bench.ablations --quick                 the same with few rows and two seeds, in minutes: no result
+    python -m bench.ablations --dry-run               what it will do
+    python -m bench.ablations --print                 the tables of docs/ablations.md, from bench/results/ablations.json
+
+--out gets a directory for every run; OUT/ablations.json is what bench/results/ablations.json was copied from.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from bench.ablations.arms import SWEEP, TABLES, runs
+from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_start, make_teacher
+from bench.ablations.results import collect
+from bench.ablations.runs import SeedRuns, ask_teacher
+from bench.ablations.tables import print_tables
+from dasd_engine.bakeoff_plan import duration
+from dasd_engine.errors import run_cli
+from dasd_engine.heap import keep_freed_memory
+from dasd_engine.records import read_json, write_json
+
+RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
+
+
+def measure(regime: Regime, out: Path, seed: int, step: int, size: Size) -> None:
+    SeedRuns(regime, out, seed, step, size).go()
+
+
+def write_data(regime: Regime, data: Path, size: Size) -> None:
+    if not data.exists():
+        part = data.with_name("data.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        regime.write_data(part, size)
+        part.rename(data)
+
+
+def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int) -> None:
+    """Each process works on one seed at a time; a seed begins when its student and the candidates are there."""
+    for regime in regimes:
+        write_data(regime, out / regime.name / "data", size)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=keep_freed_memory) as pool:
+        starts = [pool.submit(make_start, regime, out, seed) for regime in regimes for seed in range(size.seeds)]
+        wait([pool.submit(make_teacher, regime, out) for regime in regimes] + starts)
+        # The first start of a regime stands in the recipe that asks the teacher.
+        wait([pool.submit(ask_teacher, regime, out) for regime in regimes])
+        work = [(regime, step) for regime in regimes for step in (0, *regime.steps[1:])]
+        work.sort(key=lambda item: item[1] > 0)  # the sweep comes last
+        wait([pool.submit(measure, regime, out, s, step, size) for regime, step in work for s in range(size.seeds)])
+
+
+def wait(work: list[Future[Any]]) -> None:
+    for done in as_completed(work):
+        done.result()
+
+
+def print_plan(regimes: tuple[Regime, ...], size: Size) -> None:
+    for regime in regimes:
+        own, sweep = len(runs(TABLES)), len(runs((SWEEP,))) * (len(regime.steps) - 1)
+        print(f"{regime.name}: {regime.about}")
+        print(f"  {size.seeds} seeds of {own} runs" + f" and {sweep} of the sweep" * bool(sweep)
+              + f"; {size.of(regime.rows)} rows a stage, two sets of {size.problems} problems")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, help="directory of all runs (default: runs/ablations, with --quick runs/ablations-quick)")
+    add("--quick", action="store_true", help="few rows and seeds: whether it works, not what comes out")
+    add("--workers", type=int, default=2, help="processes of one thread each (default %(default)s)")
+    add("--regimes", nargs="+", choices=[r.name for r in REGIMES], default=[r.name for r in REGIMES])
+    add("--dry-run", action="store_true", help="print the plan, run nothing")
+    add("--print", action="store_true", help="print the tables of --results, run nothing")
+    add("--results", type=Path, default=RESULTS, help="what --print reads (default: the committed ones)")
+    args = parser.parse_args()
+    if args.print:
+        print_tables(read_json(args.results))
+        return
+    size = QUICK if args.quick else Size()
+    regimes = tuple(regime for regime in REGIMES if regime.name in args.regimes)
+    print_plan(regimes, size)
+    if args.dry_run:
+        return
+    out = args.out or Path("runs/ablations-quick" if args.quick else "runs/ablations")
+    began = time.monotonic()
+    everything(regimes, out, size, args.workers)
+    found = collect(regimes, out, size)
+    write_json(out / "ablations.json", found)
+    print_tables(found)
+    print(f"{out / 'ablations.json'}, after {duration(time.monotonic() - began)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
