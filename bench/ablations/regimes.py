@@ -202,8 +202,8 @@ CHANCE = Regime(
 PILOT = Regime(
     "pilot",
     "the pilot's noisy teacher, and students taught by its like on shorter problems",
-    1400,
-    600,
+    1000,
+    480,
     (1_000_000,),  # whenever it ends
     write_pilot,
 )
