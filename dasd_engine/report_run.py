@@ -16,7 +16,7 @@ from dasd_engine.comparisons import Comparison, of_ablations, of_bakeoff
 from dasd_engine.errors import InputError
 from dasd_engine.evaluation_report import EvalReport, as_report, levels, percent
 from dasd_engine.records import ASKED, MANIFEST, read_json
-from dasd_engine.report_text import Samples, Texts, read_samples, read_texts
+from dasd_engine.report_text import Samples, Texts, read_samples, read_texts, scoring
 
 POINTS = 600  # of a curve: more than a page is wide
 _CURVES = ("lr", "grad_norm", "tokens_per_s", "mfu", "fill", "balance")
@@ -170,7 +170,7 @@ def _distill(directory: Path) -> Run:
         raise InputError(f"{directory}: no stage has ended yet; go on with python -m dasd_engine.distill")
     if unfinished := [name for name, manifest in manifests.items() if not manifest]:
         run.notes.append(f"not finished: {', '.join(unfinished)}")
-    if manifests.get("score"):
+    if scoring(manifests):
         run.texts = read_texts(directory, manifests)
         run.notes += run.texts.notes
         run.facts = {"teacher": run.texts.teacher, **run.facts}

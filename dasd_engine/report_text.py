@@ -33,11 +33,12 @@ Key = tuple[str, float, int]  # question, temperature, candidate
 
 @dataclass
 class Texts:
-    """`questions`: {"id", "question", "candidates": [{"temperature", "candidate", "chosen", "finish", "pieces"}]}.
+    """`questions`: {"id", "question", "candidates": [{"temperature", "candidate", "chosen", "finish", "pieces"}], and
+    where there is one "mixed": {"student", "teacher": the text of each, "tokens": of both, "cut", "cap", "masked"}}.
 
-    A piece is text outside of sentences, or [text, p_T, p_S, n_T, n_S]. `places`: of each temperature the share of each
-    type of sentence in each part of a response, [3][PLACES], None where none lies. `lengths`: the student's tokens of
-    candidates, by group.
+    A piece is text outside of sentences, or [text, p_T, p_S, n_T, n_S(, p_D)]. `places`: of each temperature the share
+    of each type of sentence in each part of a response, [3][PLACES], None where none lies. `lengths`: the student's
+    tokens of candidates, by group.
     """
 
     beta: float
@@ -53,8 +54,9 @@ def read_texts(directory: Path, manifests: dict[str, dict[str, Any]]) -> Texts:
     selects = [name for name in manifests if name.startswith("select-") and manifests[name]]
     beta = next((manifests[name]["parameters"]["beta"] for name in selects), 0.1)
     texts = Texts(beta)
-    rows = _scores(directory / "score" / "scores.jsonl")
-    scored = manifests["score"]["counts"]["scored"]
+    score = scoring(manifests)
+    rows = _scores(directory / score / "scores.jsonl")
+    scored = manifests[score]["counts"]["scored"]
     if len(rows) < scored:
         texts.notes.append(f"sentences and lengths are those of the first {len(rows):,} of {scored:,} scored responses")
     for temperature in sorted({row["temperature"] for row in rows}):
@@ -68,8 +70,19 @@ def read_texts(directory: Path, manifests: dict[str, dict[str, Any]]) -> Texts:
     chosen = _chosen([directory / name / "selected.jsonl" for name in selects], ids)
     candidates = directory / "sample" / "candidates.jsonl"
     texts.questions = _questions(candidates, shown, chosen)
+    mixed = _mixed(directory / "mix" / "mixed.jsonl", ids) if manifests.get("mix") else {}
+    masked = manifests.get("prepare-mixed", {}).get("parameters", {}).get("mask_prefix", False)
+    for question in texts.questions:
+        if question["id"] in mixed:
+            question["mixed"] = {**mixed[question["id"]], "masked": masked}
     texts.teacher = next((row["teacher"]["name"] for _, row in _lines(candidates, {1})), "")
     return texts
+
+
+def scoring(manifests: dict[str, dict[str, Any]]) -> str:
+    """The finished scoring that is shown, "" for none: before others one that has p_D, the trained student's."""
+    found = [name for name, manifest in manifests.items() if name.partition("-")[0] == "score" and manifest]
+    return max(found, key=lambda name: bool(manifests[name].get("inputs", {}).get("distilled")), default="")
 
 
 def _scores(path: Path) -> list[dict[str, Any]]:
@@ -133,6 +146,23 @@ def _questions(path: Path, shown: dict[int, dict[str, Any]], chosen: dict[Key, s
     return list(found.values())
 
 
+def _mixed(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Of these questions, the responses that the student began and the teacher finished."""
+    found: dict[str, dict[str, Any]] = {}
+    with open(path, "rb") as file:
+        for line in file:
+            begins = _UUID.match(line)
+            if not begins or json.loads(begins[1]) not in wanted or "prefix" not in (row := json.loads(line)):
+                continue  # the teacher's alone
+            output = row["output"] if "output" in row else row["messages"][-1]["content"]
+            meta = json.loads(row["meta"])
+            found[row["uuid"]] = {
+                "student": row["prefix"], "teacher": output[len(row["prefix"]) :],
+                "tokens": [meta["cut"], meta["continuation_tokens"]], "cut": meta["share"], "cap": meta["cap"],
+            }  # fmt: skip
+    return found
+
+
 def _lines(path: Path, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of these line numbers; the others are not parsed, and those behind the last not read."""
     last = max(wanted, default=0)
@@ -149,11 +179,11 @@ def _lines(path: Path, wanted: set[int]) -> Iterator[tuple[int, dict[str, Any]]]
 
 def _pieces(text: str, sentences: Sequence[Sequence[float]]) -> list[Any]:
     data, at, pieces = text.encode("utf-8", "replace"), 0, list[Any]()
-    for begin, end, *numbers in sentences:
+    for begin, end, p_t, p_s, n_t, n_s, *p_d in sentences:
         if begin > at:
             pieces.append(_text(data[at : int(begin)]))
         sentence = _text(data[int(begin) : int(end)])
-        pieces.append([sentence, *(round(p, 4) for p in numbers[:2]), *numbers[2:4]])
+        pieces.append([sentence, round(p_t, 4), round(p_s, 4), n_t, n_s, *(round(p, 4) for p in p_d)])
         at = int(end)
     return [*pieces, _text(data[at:])] if at < len(data) else pieces
 

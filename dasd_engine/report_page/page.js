@@ -178,7 +178,7 @@ function response(candidate, beta) {
     counts[type] += 1;
     const first = !text.querySelector("mark");
     const mark = make("mark", { class: type, tabindex: first ? "0" : "-1" }, piece[0]);
-    described.set(mark, `${type} sentence: p_T ${piece[1].toFixed(3)}, p_S ${piece[2].toFixed(3)}, Δ\u00a0${delta(piece[1] - piece[2])} (${piece[3]} and ${piece[4]} tokens)`);
+    described.set(mark, `${type} sentence: p_T ${piece[1].toFixed(3)}, p_S ${piece[2].toFixed(3)}${piece.length > 5 ? `, p_D ${piece[5].toFixed(3)}` : ""}, Δ\u00a0${delta(piece[1] - piece[2])} (${piece[3]} and ${piece[4]} tokens)`);
     text.append(mark);
   }
   const chosen = candidate.chosen !== null;
@@ -193,13 +193,26 @@ function show(question, beta, page) {
     group.sort((a, b) => (b.chosen !== null) - (a.chosen !== null));
     page.append(make("div", { class: "answers" }, ...group.map((c) => response(c, beta))));
   }
+  if (question.mixed) page.append(make("div", { class: "answers" }, mixed(question.mixed)));
+}
+
+// A response that the student began: two parts, each said whose it is.
+function mixed({ student, teacher, tokens, cut, cap, masked }) {
+  const text = make("div", { class: "text clip" });
+  const said = [`the student began: ${tokens[0]} tokens, ${share(cut)} of what it wrote under a cap of ${cap}${masked ? "; not trained on" : ""}`, `the teacher continued: ${tokens[1]} tokens`];
+  for (const [i, part] of [student, teacher].entries()) {
+    const mark = make("mark", { class: i ? "went" : "began", tabindex: i ? "-1" : "0" }, part);
+    described.set(mark, said[i]);
+    text.append(make("small", { class: "who" }, i ? "teacher" : "student"), mark);
+  }
+  return make("article", { class: "mixed" }, make("h4", {}, `mixed policy · ${said.join("; ")}`), text);
 }
 
 function reader() {
   const able = runs.filter((run) => run.questions.length);
   if (!able.length) return empty("reader", "No scored responses are there.");
   const tools = document.querySelector("#reader .tools"), page = document.querySelector("#reader .page");
-  const back = make("button", { type: "button" }, "Previous"), on = make("button", { type: "button" }, "Next");
+  const [back, on, onMixed] = ["Previous", "Next", "Next mixed"].map((word) => make("button", { type: "button" }, word));
   const where = make("span", { role: "status" });
   const pick = make("select", { "aria-label": "Run" }, ...able.map((run, i) => make("option", { value: i }, run.name)));
   let at = 0;
@@ -209,25 +222,33 @@ function reader() {
     where.textContent = `question ${at + 1} of ${run.questions.length}`;
     back.disabled = at === 0;
     on.disabled = at === run.questions.length - 1;
+    onMixed.hidden = !run.questions.some((q) => q.mixed);
     tip.hidden = true;
     show(run.questions[at], run.beta, page);
   };
+  const turnMixed = () => { // to the next, behind the last to the first
+    const places = able[pick.value].questions.flatMap((q, i) => (q.mixed ? [i] : []));
+    if (places.length) turn(places.find((i) => i > at) ?? places[0]);
+  };
   back.onclick = () => turn(at - 1);
   on.onclick = () => turn(at + 1);
+  onMixed.onclick = turnMixed;
   pick.onchange = () => turn(0);
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "SELECT") return;
     if (event.key === "n") turn(at + 1);
     else if (event.key === "p") turn(at - 1);
+    else if (event.key === "m") turnMixed();
     else if (event.key === "Escape") tip.hidden = true;
   });
-  tools.append(...(able.length > 1 ? [pick] : []), back, on, where);
+  tools.append(...(able.length > 1 ? [pick] : []), back, on, onMixed, where);
   page.addEventListener("keydown", step);
   page.addEventListener("focusin", (event) => tell(event.target));
   page.addEventListener("pointerover", (event) => tell(event.target));
   page.addEventListener("click", (event) => event.target.tagName === "MARK" && event.target.focus());
   page.addEventListener("pointerleave", () => (tip.hidden = true));
-  addEventListener("scroll", () => (tip.hidden = true), { passive: true });
+  // Reaching a sentence by keyboard may scroll to it, in the page or in its response.
+  addEventListener("scroll", () => tell(document.activeElement), { passive: true, capture: true });
   turn(0);
 }
 
@@ -245,10 +266,11 @@ function step(event) {
 }
 
 function tell(target) {
-  tip.hidden = !described.has(target);
+  const box = target?.getClientRects()[0];
+  tip.hidden = !described.has(target) || box.bottom < 0 || box.top > innerHeight;
   if (tip.hidden) return;
   tip.textContent = described.get(target);
-  const box = target.getClientRects()[0], size = tip.getBoundingClientRect();
+  const size = tip.getBoundingClientRect();
   const above = box.top - size.height - 6;
   tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - size.width - 8))}px`;
   tip.style.top = `${above > 4 ? above : Math.min(target.getBoundingClientRect().bottom + 6, innerHeight - size.height - 4)}px`;

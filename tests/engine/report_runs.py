@@ -58,8 +58,21 @@ def response(id: str, correct: bool, output: str) -> Response:
     return Response(id, "sums", 1.0, 0, f"{HOSTILE} {id}", "2", correct, "stop", 9, output)
 
 
+def write_mixed(path: Path, question: str) -> Path:
+    """A response to a question of `write_scored_run` that the student began, and one of the teacher alone."""
+    (path / "mix").mkdir()
+    meta = {"cut": 7, "share": 0.625, "cap": 20, "continuation_tokens": 5}
+    said = {"output": f"{HOSTILE} and on", "prefix": HOSTILE, "prefix_ids": [1] * 7, "meta": json.dumps(meta)}
+    rows = [{"uuid": "q0", "input": "", "output": "alone", "meta": "{}"}, {"uuid": question, "input": "", **said}]
+    (path / "mix" / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {"questions": 2, "mixed": 1, "off_policy": 1, "prefix_tokens": 7, "continuation_tokens": 5}
+    (path / "mix" / "manifest.json").write_text(json.dumps({"counts": counts}))
+    return path
+
+
 def write_scored_run(path: Path, questions: int, sentences: int) -> Path:
-    """A distillation that has scored: two candidates a question, each of so many sentences of 60 characters."""
+    """A distillation that has scored, the trained student too: two candidates a question, each of so many sentences of
+    60 characters."""
     (path / "sample").mkdir(parents=True)
     (path / "score").mkdir()
     candidates, scores = [], []
@@ -73,7 +86,9 @@ def write_scored_run(path: Path, questions: int, sentences: int) -> Path:
             })  # fmt: skip
             scores.append({
                 **head, "source": len(candidates), "teacher_tokens": 9 * sentences, "student_tokens": 8 * sentences,
-                "sentences": [[60 * i, 60 * i + 60, 0.9, (q + number + i) % 10 / 10, 9, 8] for i in range(sentences)],
+                "sentences": [
+                    [60 * i, 60 * i + 60, 0.9, (q + number + i) % 10 / 10, 9, 8, 0.8] for i in range(sentences)
+                ],
             })  # fmt: skip
     for name, rows in (("sample/candidates", candidates), ("score/scores", scores)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

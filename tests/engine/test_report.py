@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distill_runs import write_distillation
-from report_runs import HOSTILE, write_ablations, write_metrics, write_scored_run, write_train_run
+from report_runs import HOSTILE, write_ablations, write_metrics, write_mixed, write_scored_run, write_train_run
 
 from dasd_engine import distill
 from dasd_engine.errors import InputError
+from dasd_engine.filters import Filters
+from dasd_engine.mix import mix
+from dasd_engine.mix_sampling import MixOptions
+from dasd_engine.prepare import prepare
 from dasd_engine.report import main, report
+from dasd_engine.score import score
+from dasd_engine.teachers import TeacherOptions
 
 
 class Page(html.parser.HTMLParser):
@@ -75,6 +81,33 @@ def test_the_reader_shows_every_candidate_as_it_was_scored_and_chosen(scored, tm
         counts = {"teacher": sum(d > 0.1 for d in delta), "student": sum(d < -0.1 for d in delta)}
         assert counts == {name: scores[key]["counts"][name] for name in counts}
         assert one["chosen"] == chosen.get(key)
+
+
+def test_the_reader_shows_p_d_where_the_trained_student_was_scored(scored, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(scored, run)
+    models = scored.parent
+    score(run / "sample", models / "student", run / "score-after", distilled_dir=models / "teacher", quiet=True)
+    (page,) = Page(report(run)).runs
+    distilled = [s[6] for row in rows(run / "score-after" / "scores.jsonl") for s in row["sentences"]]
+    pieces = [p for q in page["questions"] for c in q["candidates"] for p in c["pieces"] if not isinstance(p, str)]
+    assert sorted(p[5] for p in pieces) == sorted(round(p, 4) for p in distilled)
+
+
+def test_the_reader_says_who_wrote_what_of_a_mixed_policy_response(scored, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(scored, run)
+    teacher = TeacherOptions(path=str(scored.parent / "teacher"), threads=1)
+    student, options = scored.parent / "student", MixOptions(ratio=(2.0, 1.0), filters=Filters(context=192))
+    mix(run / "select-high", student, teacher, run / "mix", options=options, quiet=True)
+    prepare([run / "mix" / "mixed.jsonl"], student, run / "prepare-mixed", context=192, mask_prefix=True, quiet=True)
+    made = {row["uuid"]: row for row in rows(run / "mix" / "mixed.jsonl") if "prefix" in row}
+    (page,) = Page(report(run)).runs
+    shown = {q["id"]: q["mixed"] for q in page["questions"] if "mixed" in q}
+    assert made and set(shown) == set(made)
+    for id, one in shown.items():
+        assert one["student"] == made[id]["prefix"] and one["student"] + one["teacher"] == made[id]["output"]
+        assert one["tokens"][0] == len(made[id]["prefix_ids"]) and one["masked"]
 
 
 def test_figures_of_a_distillation_are_those_of_its_files(scored, tmp_path):
@@ -244,10 +277,16 @@ addEventListener("load", () => setTimeout(() => {
   key(first, "ArrowRight");
   const second = { text: document.activeElement.textContent, said: tip.textContent };
   key(document.body, "n");
+  const where = reader.querySelector("[role=status]").textContent;
+  key(document.body, "m");
+  const began = reader.querySelector("mark.began");
+  began.focus();
+  const went = reader.querySelector("mark.went").textContent;
+  const mixed = { began: began.textContent, said: tip.textContent, went };
   const plot = document.querySelector("#training [role=img]");
   key(plot, "End");
   const drawn = [...document.querySelectorAll("canvas")].map((c) => c.width * c.height > 0);
-  done({ said, second, where: reader.querySelector("[role=status]").textContent, drawn,
+  done({ said, second, where, mixed, drawn,
     legend: plot.querySelector(".u-legend .u-value").textContent,
     figures: document.querySelectorAll(".charts figure").length,
     forests: [...document.querySelectorAll("figure .forest")].map((f) => f.getBoundingClientRect().width),
@@ -260,7 +299,7 @@ addEventListener("load", () => setTimeout(() => {
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])  # headless Chromium makes no narrower window
 def test_in_a_browser(tmp_path, size):
     """No error in the console, all charts drawn, sentences and charts read by keyboard, nothing wider than the page."""
-    run = write_scored_run(tmp_path / "run", questions=3, sentences=4)
+    run = write_mixed(write_scored_run(tmp_path / "run", questions=3, sentences=4), "q2")
     write_train_run(run / "train-low", 1500)
     path = report([run, write_ablations(tmp_path / "ablations.json")])
     path.write_text(path.read_text().replace("</body>", f"<script>{VISITOR}</script></body>"))
@@ -269,10 +308,12 @@ def test_in_a_browser(tmp_path, size):
     done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
     seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout)[1]))
-    assert seen["said"] == "teacher sentence: p_T 0.900, p_S 0.000, Δ\u00a0+0.90 (9 and 8 tokens)"
+    assert seen["said"] == "teacher sentence: p_T 0.900, p_S 0.000, p_D 0.800, Δ\u00a0+0.90 (9 and 8 tokens)"
     assert seen["second"]["text"].startswith(f"{HOSTILE[:20]} 0 0 1.")
-    assert seen["second"]["said"] == "teacher sentence: p_T 0.900, p_S 0.100, Δ\u00a0+0.80 (9 and 8 tokens)"
+    assert seen["second"]["said"] == "teacher sentence: p_T 0.900, p_S 0.100, p_D 0.800, Δ\u00a0+0.80 (9 and 8 tokens)"
     assert seen["where"] == "question 2 of 3" and seen["legend"] == "2,249"  # the first of the last point's steps
     assert seen["figures"] == len(seen["drawn"]) > 8 and all(seen["drawn"])
+    told = "the student began: 7 tokens, 62.5 % of what it wrote under a cap of 20"
+    assert seen["mixed"] == {"began": HOSTILE, "said": told, "went": " and on"}
     assert len(seen["forests"]) == 2 and min(seen["forests"]) > 600
     assert seen["wide"] and not seen["hacked"]
