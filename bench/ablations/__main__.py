@@ -10,14 +10,13 @@
 
 import argparse
 import multiprocessing
-import shutil
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from bench.ablations.arms import SWEEP, TABLES, runs
-from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_start, make_teacher
+from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_noisy_teacher, make_starts, write_data
 from bench.ablations.results import collect
 from bench.ablations.runs import SeedRuns, ask_teacher
 from bench.ablations.tables import print_tables
@@ -33,24 +32,14 @@ def measure(regime: Regime, out: Path, seed: int, step: int, size: Size) -> None
     SeedRuns(regime, out, seed, step, size).go()
 
 
-def write_data(regime: Regime, data: Path, size: Size) -> None:
-    if not data.exists():
-        part = data.with_name("data.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        regime.write_data(part, size)
-        part.rename(data)
-
-
 def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int) -> None:
     """Each process works on one seed at a time; a seed begins when its student and the candidates are there."""
-    for regime in regimes:
-        write_data(regime, out / regime.name / "data", size)
+    write_data(out, size)
+    make_noisy_teacher(out)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=keep_freed_memory) as pool:
-        starts = [pool.submit(make_start, regime, out, seed) for regime in regimes for seed in range(size.seeds)]
-        wait([pool.submit(make_teacher, regime, out) for regime in regimes] + starts)
-        # The first start of a regime stands in the recipe that asks the teacher.
+        # Whoever asks the teacher has a recipe, and so a student.
+        wait([pool.submit(make_starts, out, seed) for seed in range(size.seeds)])
         wait([pool.submit(ask_teacher, regime, out) for regime in regimes])
         work = [(regime, step) for regime in regimes for step in (0, *regime.steps[1:])]
         work.sort(key=lambda item: item[1] > 0)  # the sweep comes last
@@ -67,7 +56,7 @@ def print_plan(regimes: tuple[Regime, ...], size: Size) -> None:
         own, sweep = len(runs(TABLES)), len(runs((SWEEP,))) * (len(regime.steps) - 1)
         print(f"{regime.name}: {regime.about}")
         print(f"  {size.seeds} seeds of {own} runs" + f" and {sweep} of the sweep" * bool(sweep)
-              + f"; {size.of(regime.rows)} rows a stage, two sets of {size.problems} problems")  # fmt: skip
+              + f"; {size.rows} rows a stage, two sets of {size.problems} problems")  # fmt: skip
 
 
 def main() -> None:

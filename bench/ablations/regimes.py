@@ -1,23 +1,24 @@
-"""The two regimes of the ablations: a teacher, five students before distillation, questions, two sets of problems.
+"""The world of the ablations, and its regimes: one teacher each, and students that have come more or less far.
 
-    OUT/REGIME/data/      questions.jsonl (the teacher is asked), A.jsonl, B.jsonl (problems), what is learnt first
-    OUT/REGIME/teacher/   the teacher, where it is none that ships
-    OUT/REGIME/starts/    sSEED: a student's first training; sSEED-STEP: the student at that step of it
+    OUT/data/      questions.jsonl (for the teacher), A.jsonl, B.jsonl (problems), student.jsonl (what is learnt first)
+    OUT/starts/    sSEED: a student's first training; sSEED-STEP: the student at that step of it
+    OUT/noisy/     the noisy teacher
 
-All of it comes from fixed seeds. The settings are those of docs/ablations-plan.md, written before any run.
+It is the quickstart's: sums of two-digit numbers. All of it comes from fixed seeds; reasons: docs/ablations-plan.md.
 """
 
 import contextlib
 import importlib
 import random
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from bench.ablations import pilot_task
+from safetensors.torch import load_file, save_file
+
 from dasd_engine import distributed
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
@@ -30,7 +31,8 @@ QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
 sys.path.append(str(QUICKSTART))
 quickstart = importlib.import_module("make_data")
 
-SETS = ("A", "B")
+SETS = {"A": (2, 3), "B": (3,)}  # steps of a problem; the questions have those of A
+NOISE = 1.4  # the noisy teacher's T = 1 is the quickstart teacher's T = 1.4
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,13 @@ class Size:
     """What --quick makes smaller."""
 
     seeds: int = 5
-    problems: int = 120  # of each set
-    share: float = 1.0  # of questions, of rows, of what teacher and students learn first
+    questions: int = 1000
+    rows: int = 300  # of a stage
+    problems: int = 100  # of each set
+    corpus: int = 20_000  # of what students learn first
 
-    def of(self, count: int) -> int:
-        return round(self.share * count)
 
-
-QUICK = Size(seeds=2, problems=16, share=0.1)
+QUICK = Size(seeds=2, questions=100, rows=30, problems=16, corpus=1500)
 
 
 @dataclass(frozen=True)
@@ -54,157 +55,117 @@ class Regime:
 
     name: str
     about: str
-    questions: int
-    rows: int  # of a stage
     steps: tuple[int, ...]
-    write_data: Callable[[Path, Size], None]
-    overrides: tuple[str, ...] = ()  # of the students' first training
-    recipe: Path = HERE / "pretrain.toml"  # of the same
-    shipped: Path | None = None  # the teacher
-
-    def teacher(self, out: Path) -> Path:
-        return self.shipped or out / self.name / "teacher" / "export" / "corpus"
-
-    def start(self, out: Path, seed: int, step: int = 0) -> Path:
-        return out / self.name / "starts" / f"s{seed}-{step or self.steps[0]}"
+    teacher: Callable[[Path], Path]
 
     def distill_recipe(self, out: Path, seed: int, step: int = 0) -> DistillRecipe:
         """Of a seed: with its own student, and `seed` as the seed of every draw."""
-        here = out / self.name
-        recipe = load_distill_recipe(HERE / f"{self.name}.toml", [
+        recipe = load_distill_recipe(HERE / "recipe.toml", [
             f"seed={seed}",
-            f"model.path={self.start(out, seed, step).resolve()}",
+            f"model.path={start(out, seed, step or self.steps[0]).resolve()}",
             f"teacher.path={self.teacher(out).resolve()}",
         ])  # fmt: skip
-        questions = str((here / "data" / "questions.jsonl").resolve())
+        questions = str((out / "data" / "questions.jsonl").resolve())
         return replace(recipe, sample=replace(recipe.sample, questions=(questions,)))
+
+
+REGIMES = (
+    Regime(
+        "clean", "a teacher right in nine of ten at T = 1, students whose own way fails", (4000, 1000, 6000, 8000),
+        lambda out: QUICKSTART / "teacher",
+    ),
+    Regime(
+        "noisy", "a teacher that slips at T = 1, students whose own way mostly suffices", (8000, 4000),
+        lambda out: out / "noisy" / "teacher",
+    ),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- models
 
 
-def make_teacher(regime: Regime, out: Path) -> None:
-    if not (regime.teacher(out) / "config.json").exists():
-        here = out / regime.name
-        run(HERE / "pretrain.toml", here / "teacher", here / "data" / "teacher.jsonl", here / "data" / "teacher", 0)
+def start(out: Path, seed: int, step: int) -> Path:
+    return out / "starts" / f"s{seed}-{step}"
 
 
-def make_start(regime: Regime, out: Path, seed: int) -> None:
-    """A student's first training, and what it is at each of `steps`; the seed decides its weights and its order."""
-    missing = [step for step in regime.steps if not (regime.start(out, seed, step) / "config.json").exists()]
+def make_starts(out: Path, seed: int) -> None:
+    """A student's first training, recipes/student.toml, and what it is on the way; the seed is of weights and order."""
+    steps = {step for regime in REGIMES for step in regime.steps}
+    missing = [step for step in steps if not (start(out, seed, step) / "config.json").exists()]
     if not missing:
         return
-    here, own = out / regime.name, out / regime.name / "starts" / f"s{seed}"
-    run(regime.recipe, own, here / "data" / "student.jsonl", here / "data" / "student", seed, regime.overrides)
-    for step in missing:
-        export(own, regime.start(out, seed, step), checkpoint=nearest(own, step), dtype=DTYPES["fp32"])
-
-
-def run(recipe: Path, out: Path, data: Path, model: Path, seed: int, overrides: Sequence[str] = ()) -> None:
-    """dasd_engine.train, in this process; its output goes into a file beside."""
-    options = [f"seed={seed}", f"out={out}", f"model.path={model.resolve()}", f"stage.0.data={data.resolve()}",
-               'evaluate.problems=""']  # fmt: skip
-    loaded = load_recipe(recipe, [*options, *overrides])
-    out.mkdir(parents=True, exist_ok=True)
+    own, data = out / "starts" / f"s{seed}", out / "data" / "student.jsonl"
+    recipe = load_recipe(QUICKSTART.parent / "student.toml", [
+        f"seed={seed}", f"out={own}", f"stage.0.data={data.resolve()}", 'evaluate.problems=""',
+        "checkpoint.every=1000", "checkpoint.keep=20",
+    ])  # fmt: skip
+    own.mkdir(parents=True, exist_ok=True)
     with (
-        open(out / "train.log", "a", encoding="utf-8") as log,
+        open(own / "train.log", "a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
-        distributed.start(loaded.run) as world,
+        distributed.start(recipe.run) as world,
     ):
-        train(loaded, world)
+        train(recipe, world)
+    for step in missing:
+        export(own, start(out, seed, step), checkpoint=_nearest(own, step), dtype=DTYPES["fp32"])
 
 
-def nearest(run: Path, step: int) -> str:
-    """The checkpoint at a step; with --quick there is none so late, and the last one stands for it."""
+def _nearest(run: Path, step: int) -> str:
+    """The checkpoint at a step; --quick has none so late, and its last one stands for it."""
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     return min(names, key=lambda name: abs(int(name.removeprefix("step-")) - step))
 
 
-# ---------------------------------------------------------------------------------------------- chance
+def make_noisy_teacher(out: Path) -> None:
+    """The quickstart's, its logits divided by NOISE: the head's input is, by the weights of the last norm."""
+    made = out / "noisy" / "teacher"
+    if made.exists():
+        return
+    part = made.with_name("teacher.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(QUICKSTART / "teacher", part)
+    weights = load_file(part / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] / NOISE
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    part.rename(made)
 
 
-def write_chance(data: Path, size: Size) -> None:
-    """The quickstart's world: its teacher and its questions; problems of neither set are in any other file of it."""
-    asked: set[str] = set()
-    for name in quickstart.ASKED:
-        rows = [row for _, row in read_rows(QUICKSTART / f"{name}.jsonl")]
-        asked |= {numbers(row["input"]) for row in rows}
-        if name == "questions":
-            write_rows(data / "questions.jsonl", rows[: size.of(CHANCE.questions)])
-    corpus = list(quickstart.student_rows(random.Random(f"{quickstart.SEED} student"), expressions()))
-    write_rows(data / "student.jsonl", corpus[: size.of(len(corpus))])
-    asked |= {numbers(row["input"]) for row in corpus}
-    for name, lengths in zip(SETS, ((2, 3), (3,)), strict=True):
-        rng, rows = random.Random(f"ablations {name}"), []
+# ---------------------------------------------------------------------------------------------- data
+
+
+def write_data(out: Path, size: Size) -> None:
+    """Problems of neither set are in any other file, in whatever words."""
+    data, part = out / "data", out / "data.part"
+    if data.exists():
+        return
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    shipped = {name: [row for _, row in read_rows(QUICKSTART / f"{name}.jsonl")] for name in quickstart.ASKED}
+    corpus = list(quickstart.student_rows(random.Random(f"{quickstart.SEED} student"), _expressions()))
+    write_rows(part / "questions.jsonl", shipped["questions"][: size.questions])
+    write_rows(part / "student.jsonl", corpus[: size.corpus])
+    known = {_numbers(row["input"]) for rows in (*shipped.values(), corpus) for row in rows}
+    for name, steps in SETS.items():
+        rng, rows = random.Random(f"ablations {name}"), list[dict[str, str]]()
         while len(rows) < size.problems:
-            row = quickstart.make_row(quickstart.make_problem(rng, lengths))
-            if (said := numbers(row["input"])) not in asked:
-                asked.add(said)
+            row = quickstart.make_row(quickstart.make_problem(rng, steps))
+            if (said := _numbers(row["input"])) not in known:
+                known.add(said)
                 rows.append(row)
-        write_rows(data / f"{name}.jsonl", rows)
-    quickstart.write_model(data / "student", quickstart.train_tokenizer(corpus[:4000]), quickstart.STUDENT)
+        write_rows(part / f"{name}.jsonl", rows)
+    part.rename(data)
 
 
-def expressions() -> set[str]:
-    """Of all that the quickstart asks, as make_data.py draws it."""
+def _expressions() -> set[str]:
+    """Of all that the quickstart asks, as make_data.py draws it: its corpus keeps away from these."""
     asked: set[str] = set()
     for name, count in quickstart.ASKED.items():
-        rng, drawn = random.Random(f"{quickstart.SEED} {name}"), 0
-        while drawn < count:
+        rng = random.Random(f"{quickstart.SEED} {name}")
+        for _ in range(count):
             asked.add(quickstart.draw(rng, asked, quickstart.STEPS).expression)
-            drawn += 1
     return asked
 
 
-def numbers(question: str) -> str:
-    """A problem in whatever words: two with the same numbers count as the same."""
+def _numbers(question: str) -> str:
+    """Two problems with the same numbers count as the same."""
     return " ".join(re.findall(r"\d+", question))
-
-
-# ---------------------------------------------------------------------------------------------- the pilot's
-
-
-def write_pilot(data: Path, size: Size) -> None:
-    asked: set[str] = set()
-    for name, count, lengths in (
-        ("questions", size.of(PILOT.questions), (3, 4, 5)), ("A", size.problems, (3, 4, 5)), ("B", size.problems, (5,))
-    ):  # fmt: skip
-        write_rows(data / f"{name}.jsonl", list(pilot_task.rows(f"pilot {name}", count, lengths, asked, None)))
-
-    def corpus(seed: str, count: int, lengths: tuple[int, ...], habits: pilot_task.Habits) -> list[dict[str, Any]]:
-        return list(pilot_task.rows(f"pilot {seed}", size.of(count), lengths, asked, habits))
-
-    teacher = corpus("teacher", 36_000, (1, 2, 3, 4, 5), pilot_task.TEACHER)
-    easy = corpus("easy", 8_000, (1, 2), pilot_task.DIRECT)
-    student = easy + corpus("mixed", 24_000, (1, 2, 3, 4), pilot_task.TEACHER)
-    for name, rows, shape in (
-        ("teacher", teacher, {**quickstart.TEACHER, "num_key_value_heads": 4}),
-        ("student", student, {**quickstart.STUDENT, "hidden_size": 64, "intermediate_size": 192,
-                              "num_attention_heads": 2, "num_key_value_heads": 2}),
-    ):  # fmt: skip
-        write_rows(data / f"{name}.jsonl", rows)
-        quickstart.write_model(data / name, quickstart.train_tokenizer(rows[-4000:]), shape)
-
-
-# ---------------------------------------------------------------------------------------------- both
-
-CHANCE = Regime(
-    "chance",
-    "the quickstart's teacher (nine of ten right at T = 1, repairs direct steps), students that know single steps",
-    1000,
-    320,
-    (4000, 1000, 6000, 8000),
-    write_chance,
-    ("checkpoint.every=1000", "checkpoint.keep=20"),
-    QUICKSTART.parent / "student.toml",
-    QUICKSTART / "teacher",
-)
-PILOT = Regime(
-    "pilot",
-    "the pilot's noisy teacher, and students taught by its like on shorter problems",
-    1000,
-    480,
-    (1_000_000,),  # whenever it ends
-    write_pilot,
-)
-REGIMES = (CHANCE, PILOT)

@@ -36,7 +36,7 @@ class Measured:
     def __init__(self, regime: Regime, out: Path, size: Size):
         self.regime, self.here, self.size = regime, out / regime.name, size
         self.ids = {
-            name: [row["uuid"] for _, row in read_rows(self.here / "data" / f"{name}.jsonl")] for name in SETS
+            name: [row["uuid"] for _, row in read_rows(out / "data" / f"{name}.jsonl")] for name in SETS
         }
 
     def result(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Measured:
         for step in self.regime.steps[1:]:
             families[f"sweep-{step}"] = self.family(SWEEP, step)
         return {
-            "about": self.regime.about, "rows": self.size.of(self.regime.rows),
+            "about": self.regime.about, "rows": self.size.rows,
             "base": {name: self.base(name) for name in SETS}, "families": families,
             "claims": [self.claim(claim) for claim in CLAIMS], "sweep": self.sweep(),
             "teacher": self.teacher(), "mixed_rows": self.mixed_rows(), "seconds": self.seconds(),
@@ -127,7 +127,7 @@ class Measured:
 
     def teacher(self) -> dict[str, float]:
         """Its share of right answers by temperature, from the candidates."""
-        answers = {q.id: q.answer for q in read_questions([str(self.here / "data" / "questions.jsonl")])}
+        answers = {q.id: q.answer for q in read_questions([str(self.here.parent / "data" / "questions.jsonl")])}
         found: dict[str, list[bool]] = {}
         for _, row in read_rows(self.here / "sample" / "candidates.jsonl", without=("token_ids", "logprobs")):
             answer, expected = final_answer(row["text"]), answers[row["id"]]

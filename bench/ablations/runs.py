@@ -41,8 +41,8 @@ class SeedRuns:
 
     def __init__(self, regime: Regime, out: Path, seed: int, step: int, size: Size):
         self.recipe = regime.distill_recipe(out, seed, step)
-        here, data = out / regime.name, out / regime.name / "data"
-        self.out, self.n = here / (f"s{seed}-{step}" if step else f"s{seed}"), size.of(regime.rows)
+        here, data = out / regime.name, out / "data"
+        self.out, self.n = here / (f"s{seed}-{step}" if step else f"s{seed}"), size.rows
         self.tables: tuple[Table, ...] = (SWEEP,) if step else TABLES
         self.bench = Bench(
             self.recipe, self.out, [str(data / f"{name}.jsonl") for name in SETS], len(SETS) * size.problems, 1, True
