@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ Array = npt.NDArray[np.float64]
 ERROR = 0.05  # share of bake-offs in which an interval may miss
 POWER = 0.8
 _DRAWS = 200_000  # of the studentized range; its point at 95 % is then right to 0.3 %
+_RUNS = 20_000  # drawn to plan with
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(names: Sequence[str], right_ASQ: Array, families: int = 1) -> list[P
         variance, df = _variance(by_question, seed_ms, answer_ms / questions, runs, seeds, questions)
         difference, se = float(mean_A[j] - mean_A[i]), math.sqrt(variance)
         half = critical(arms, df, families) * se
-        pairs.append(Pair(names[i], names[j], difference, (difference - half, difference + half), se, df))
+        pairs.append(Pair(names[i], names[j], difference, (difference - half, difference + half), se, float(df)))
     return pairs
 
 
@@ -118,9 +118,9 @@ def _interaction(mean_AX: Array) -> float:
 
 
 def _variance(
-    by_question: float, seed_ms: float, answer: float, arms: int, seeds: int, questions: int
-) -> tuple[float, float]:
-    """(variance of a pair's difference, Satterthwaite's degrees of freedom).
+    by_question: Any, seed_ms: Any, answer: Any, arms: int, seeds: int, questions: int
+) -> tuple[Any, Any]:  # fmt: skip
+    """(variance of a pair's difference, Satterthwaite's degrees of freedom), of numbers or of arrays of them.
 
     `answer` (of a run's mean) is in both of the others, so it is taken out once. A difference of estimates may come out
     far too small, so half of the questions' part always stays. The half is ours: with all of it, intervals of runs that
@@ -129,16 +129,20 @@ def _variance(
     """
     free = (arms - 1) * (seeds - 1)
     seed, twice = 2 * seed_ms / seeds, 2 * answer / seeds
-    variance = max(by_question + seed - twice, by_question / 2)
-    if variance == 0:
-        return 0.0, float(free)
+    variance = np.maximum(by_question + seed - twice, by_question / 2)
     parts = by_question**2 / (questions - 1) + seed**2 / free + twice**2 / (free * (questions - 1))
-    return variance, variance**2 / parts
+    return variance, variance**2 / np.maximum(parts, np.finfo(float).tiny)  # 0 of nothing
 
 
 def critical(arms: int, df: float, families: int = 1) -> float:
     """Standard errors to either side of a difference, for all pairs of `arms` together."""
     return studentized_range(arms, max(1, round(min(df, 1000))), 1 - ERROR / families) / math.sqrt(2)
+
+
+def _criticals(arms: int, df: Array, families: int) -> Array:
+    """`critical` of many: between some degrees of freedom nearly a line over 1 ÷ df, which it rounds."""
+    some = np.array([1000, 120, 60, 30, 20, 14, 10, 8, 6, 5, 4, 3, 2, 1])
+    return np.interp(1 / np.maximum(np.round(df), 1), 1 / some, [critical(arms, one, families) for one in some])
 
 
 @functools.cache
@@ -171,13 +175,24 @@ def expected_spread(pass_at_1: float, samples: int) -> Spread:
 
 
 def detectable(s: Spread, arms: int, seeds: int, questions: int, families: int = 1, power: float = POWER) -> float:
-    """The true difference of two arms whose interval leaves out 0 with probability `power`."""
-    by_question = 2 * (s.question**2 + s.answer**2 / seeds) / questions
-    answer = s.answer**2 / questions
-    variance, df = _variance(by_question, s.seed**2 + answer, answer, arms, seeds, questions)
-    z = NormalDist().inv_cdf(power)
-    t = z + (z**3 + z) / (4 * df)  # Student's point, the first term of Fisher's expansion in 1 ÷ df
-    return (critical(arms, df, families) + t) * math.sqrt(variance)
+    """The true difference of two arms whose interval leaves out 0 with probability `power`.
+
+    The interval's width is an estimate too, and with few arms and seeds a poor one: reckoned with the width that is
+    expected, 80 % of two arms and three seeds are 61 to 74 % when simulated. So its mean squares are drawn (χ², always
+    the same draws), and the difference found that exceeds half-width and error together with that probability.
+    """
+    rng = np.random.default_rng(2)
+    by_question, answer = 2 * (s.question**2 + s.answer**2 / seeds) / questions, s.answer**2 / questions
+    free = (arms - 1) * (seeds - 1)
+
+    def drawn(expected: float, df: int) -> Array:
+        return expected * rng.standard_gamma(df / 2, _RUNS) / (df / 2)
+
+    found = drawn(by_question, questions - 1), drawn(s.seed**2 + answer, free), drawn(answer, free * (questions - 1))
+    variance, df = _variance(*found, arms, seeds, questions)
+    half = _criticals(arms, df, families) * np.sqrt(variance)
+    error = math.sqrt(by_question + 2 * s.seed**2 / seeds) * rng.standard_normal(_RUNS)
+    return float(np.quantile(half + error, power))
 
 
 # ---------------------------------------------------------------------------------------------- what to take
