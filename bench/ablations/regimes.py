@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,7 +55,10 @@ class Regime:
     name: str
     about: str
     steps: tuple[int, ...]
-    teacher: Callable[[Path], Path]
+    noisy: bool = False  # its teacher's logits are divided by NOISE
+
+    def teacher(self, out: Path) -> Path:
+        return (out / "noisy" if self.noisy else QUICKSTART) / "teacher"
 
     def distill_recipe(self, out: Path, seed: int, step: int = 0) -> DistillRecipe:
         """Of a seed: with its own student, and `seed` as the seed of every draw."""
@@ -70,15 +72,9 @@ class Regime:
 
 
 REGIMES = (
-    Regime(
-        "clean", "a teacher right in nine of ten at T = 1, students whose own way fails", (4000, 1000, 6000, 8000),
-        lambda out: QUICKSTART / "teacher",
-    ),
-    Regime(
-        "noisy", "a teacher that slips at T = 1, students whose own way mostly suffices", (8000, 4000),
-        lambda out: out / "noisy" / "teacher",
-    ),
-)  # fmt: skip
+    Regime("clean", "a teacher right in nine of ten at T = 1, students whose own way fails", (4000, 1000, 6000, 8000)),
+    Regime("noisy", "a teacher that slips at T = 1, students whose own way mostly suffices", (8000, 4000), noisy=True),
+)
 
 
 # ---------------------------------------------------------------------------------------------- models
