@@ -18,7 +18,7 @@ from typing import Any
 from bench.ablations.arms import SWEEP, TABLES, runs
 from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_noisy_teacher, make_starts, write_data
 from bench.ablations.results import collect
-from bench.ablations.runs import SeedRuns, ask_teacher
+from bench.ablations.runs import ask_teacher, measure
 from bench.ablations.tables import print_tables
 from dasd_engine.bakeoff_plan import duration
 from dasd_engine.errors import run_cli
@@ -26,10 +26,6 @@ from dasd_engine.heap import keep_freed_memory
 from dasd_engine.records import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
-
-
-def measure(regime: Regime, out: Path, seed: int, step: int, size: Size) -> None:
-    SeedRuns(regime, out, seed, step, size).go()
 
 
 def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int) -> None:

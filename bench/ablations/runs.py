@@ -36,6 +36,11 @@ def ask_teacher(regime: Regime, out: Path) -> None:
     )  # fmt: skip
 
 
+def measure(regime: Regime, out: Path, seed: int, step: int, size: Size) -> None:
+    """What a process of the pool does."""
+    SeedRuns(regime, out, seed, step, size).go()
+
+
 class SeedRuns:
     """The runs of one seed, from the student as it is at `step` of its first training (0: where the regime begins)."""
 
