@@ -131,8 +131,9 @@ def said(group: dict[str, Any]) -> list[str]:
         lines.append(f"better with equal samples or with equal tokens, not both: {', '.join(verdict['partly'])}")
     if verdict["worse"] and verdict["best"] != reference:
         lines.append(f"worse than {reference} in both: {', '.join(verdict['worse'])}")
-    worst = max(seen["measured"].values())
-    lines.append(f"could see a difference of {points(worst)} (planned {points(seen['planned'])})")
+    worst, planned = max(seen["measured"].values()), f"(planned {points(seen['planned'])})"
+    same = "all arms gave the same answers, so what could be seen is not known"
+    lines.append(f"could see a difference of {points(worst)} {planned}" if worst else f"{same} {planned}")
     return lines
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dasd_engine.bakeoff_plan import duration
 from dasd_engine.comparisons import Comparison, of_ablations, of_bakeoff
 from dasd_engine.errors import InputError
 from dasd_engine.evaluation_report import EvalReport, as_report, levels, percent
@@ -262,7 +263,7 @@ def _compared(run: Run, directory: Path) -> None:
         run.notes += [f"left out of the bake-off: {name}: {reason}" for name, reason in result["left_out"].items()]
         run.facts["bake-off"] = (
             f"{result['seeds']} seeds of {result['plan']['rows']:,} rows, {result['problems']:,} development problems, "
-            f"{percent(result['base'])} before training, {result['spent'] / 60:,.0f} minutes"
+            f"{percent(result['base'])} before training, {duration(result['spent'])}"
         )
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{directory / _RESULT}: is no result of this version of bakeoff; run it anew") from None
