@@ -6,8 +6,8 @@ All draw in bf16 at temperature 1 from the same prompts on the same number of th
 logprob of every token, as a teacher must, transformers no logprobs. vLLM runs in a process of its own, loaded and warm,
 and is asked for a round at a time; passing the answer back (0.1 MB) is in its time. The floor is the products alone:
 those of a step's 32 rows, as many times as there are new tokens, with weights laid out for them. The error is the
-largest difference of a logprob from a plain forward of the engine's decoder, in bf16, over eight of the responses;
-notes tell the mean, and how far the plain forward itself is from one in fp32.
+largest difference of a logprob from a plain forward of the engine's decoder and `token_logprobs`, in bf16, over eight
+of the responses; notes tell the mean, how far the plain forward itself is from one in fp32, and ours in fp32.
 
 The model has the shape of SmolLM2-135M and random weights, which take the same time but tell little of the logprobs;
 DASD_BENCH_STUDENT names a Hugging Face directory to take instead.
@@ -38,6 +38,7 @@ from dasd_engine.cpu_decoder import CpuDecoder
 from dasd_engine.generate import generate
 from dasd_engine.hf import load_model
 from dasd_engine.model import Decoder
+from dasd_kernels import token_logprobs
 
 BATCH, NEW_TOKENS, ROUNDS = 32, 128, 3
 CHECKED = 8  # responses whose logprobs are computed again
@@ -108,8 +109,13 @@ def plain_logprobs(model: Decoder, prompts: list[list[int]], responses: Response
         ids = torch.tensor(prompt + tokens)
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
         hidden = model(ids, torch.arange(len(ids)), cu_seqlens, len(ids))[len(prompt) - 1 : -1]
-        found.append(model.logits(hidden).float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0])
+        found.append(token_logprobs(hidden, model.head_weight, torch.tensor(tokens)).logprob)
     return torch.cat(found)
+
+
+def errors(model: Decoder, prompts: list[list[int]], responses: Responses) -> Tensor:
+    given = torch.tensor([logprob for _, logprobs in responses for logprob in logprobs])
+    return (given - plain_logprobs(model, prompts, responses)).abs()
 
 
 @torch.inference_mode()
@@ -120,8 +126,8 @@ def products_seconds(model: Decoder) -> float:
 
     def one_step() -> None:
         for layer in compiled.layers:
-            heads = layer.project(x)[:, : layer.widths[0]].contiguous()
-            layer.down(layer.gate_up(layer.out(heads))[:, : model.config.intermediate_size].contiguous())
+            heads = layer.project(x)[:, : layer.heads[0] * layer.head_dim].contiguous()
+            layer.down(layer.gate_up(layer.out(heads)))
         compiled.head(x)
 
     times = []
@@ -139,7 +145,7 @@ def test_sampling(benchmark: Any, tmp_path: Path) -> None:
     prompts = make_prompts(path)
     model = load_model(path, dtype=torch.bfloat16)
 
-    def ours() -> Responses:
+    def ours(model: Decoder = model, prompts: list[list[int]] = prompts) -> Responses:
         out = generate(model, prompts, max_new_tokens=NEW_TOKENS, temperature=1.0, batch_size=BATCH)
         return [(one.tokens, one.logprobs) for one in out]
 
@@ -156,13 +162,14 @@ def test_sampling(benchmark: Any, tmp_path: Path) -> None:
         )  # fmt: skip
     exact = load_model(path, dtype=torch.float32)
     results = {"ours": benchmark.extra_info, **benchmark.extra_info["peers"]}
+    in_fp32 = errors(exact, prompts, ours(exact, prompts[:CHECKED])).max()
     for name, responses in kept.items():
         some = responses[:CHECKED]
-        plain = plain_logprobs(model, prompts, some)
-        off = (torch.tensor([logprob for _, logprobs in some for logprob in logprobs]) - plain).abs()
-        rounding = (plain - plain_logprobs(exact, prompts, some)).abs()
+        off = errors(model, prompts, some)
+        rounding = (plain_logprobs(model, prompts, some) - plain_logprobs(exact, prompts, some)).abs()
         results[name]["error"] = off.max().item()
         results[name]["notes"] = {
             "mean error": f"{off.mean():.1e}",
             "plain forward from fp32": f"{rounding.max():.1e}, mean {rounding.mean():.1e}",
         }
+    results["ours"]["notes"]["error in fp32"] = f"{in_fp32:.1e}"

@@ -5,7 +5,8 @@
 | "varlen" | `torch.nn.attention.varlen.varlen_attn`: FA2, or FA3/FA4 where installed | CUDA, fp16 or bf16 |
 | "flash" | `flash_attn_varlen_func` of the flash-attn package | CUDA, fp16 or bf16, the extra `flash` |
 | "sdpa" | `scaled_dot_product_attention`, a call a document; no length squared is ever stored | nothing |
-| "auto" | "varlen" where it can run; on a CPU `dasd_kernels.attention` where that can, else "sdpa" | |
+| "auto" | "varlen" where it can run; on a CPU `dasd_kernels.attention` where that can, else without gradients
+|        | `dasd_kernels.decode.attend_pack`, with them "sdpa" | |
 
 Measured for "sdpa" on a CPU (fp32, forward+backward, 2,048-4,096 tokens): cutting the pack with `split` takes 0.5-0.65
 of the time of slicing it, whose backward adds a whole zeroed pack a document. Explicit attention over documents padded
@@ -30,6 +31,7 @@ from torch.nn.attention.varlen import varlen_attn
 from dasd_engine.context_parallel import gather_heads, scatter_heads
 from dasd_engine.errors import InputError
 from dasd_kernels import attention as compiled
+from dasd_kernels import decode
 
 BACKENDS = ("auto", "varlen", "flash", "sdpa")
 
@@ -124,6 +126,9 @@ def document_attention(
 def _by_lengths(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, docs: Documents, scale: float | None) -> Tensor:
     if docs.backend == "cpu" and compiled.supported(q_THK):
         return compiled.document_attention(q_THK, k_TGK, v_TGK, docs.lengths, scale=scale)
+    differentiable = torch.is_grad_enabled() and (q_THK.requires_grad or k_TGK.requires_grad or v_TGK.requires_grad)
+    if docs.backend == "cpu" and not differentiable and decode.supported(q_THK):  # to the bits that a generator has
+        return decode.attend_pack(q_THK, k_TGK, v_TGK, docs.lengths, scale or q_THK.shape[-1] ** -0.5)
     grouped = q_THK.shape[1] != k_TGK.shape[1]
     outs = []
     for q, k, v in zip(*(x.transpose(0, 1).split(docs.lengths, dim=1) for x in (q_THK, k_TGK, v_TGK)), strict=True):

@@ -10,10 +10,15 @@ token a step over a key-value cache. A request that ends leaves the batch and a 
 responses never wait for long ones.
 
 What a request draws depends on its prompt and its `How` and on nothing else: the same request gives the same tokens
-in any batch and next to any neighbours. On a CPU the logprobs are the same bits too: the kernels between the matrix
-products compute a row from its own data (`cpu_decoder`), and the products get a multiple of 16 rows and at least four a
-thread. Measured with torch 2.13, fp32 and bf16, one and two threads: with fewer the last bit changes. On a GPU, where
-the kernel itself may depend on the number of rows, that number is held fixed and every prompt is prefilled alone.
+in any batch and next to any neighbours.
+
+On a CPU its logprobs are those of a plain forward: `Decoder.forward` over the whole text without gradients, as `score`
+runs it, and `token_logprobs`. In fp32 they are the same bits; in bf16 the hidden states are, and the logprobs differ by
+the order of a sum of exponentials, under 4e-6. Prompts go through that forward itself, and a step's kernels
+(`cpu_decoder`) compute a row as it does, from its own data; where a product is torch's (fp32, or no AVX512-BF16), it
+gets a multiple of 16 rows and at least four a thread. Measured with torch 2.13, one and two threads: with fewer the
+last bit changes. On a GPU, where the kernel itself may depend on the number of rows, that number is held fixed and
+every prompt is prefilled alone.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -30,8 +35,9 @@ from dasd_engine.draw import How, draw
 from dasd_engine.errors import InputError
 from dasd_engine.kv_cache import KVCache
 from dasd_engine.model import Block, Decoder
+from dasd_kernels import token_logprobs
 
-_PREFILL_TOKENS = 16384  # of one prefill pack on a CPU; a longer prompt goes alone
+_PREFILL_TOKENS = 2048  # of one prefill pack on a CPU, so that a layer's results stay near; a longer prompt goes alone
 _VECTOR = 16  # rows of a matrix product are a multiple of it
 
 
@@ -116,9 +122,8 @@ def generate_stream(
         else:
             hidden_ND, advanced = batch.prefill([request.prompt.tokens for request in admitted]), admitted
             running = running + admitted
-        tokens_N, logprobs_N = draw(
-            batch.logits(hidden_ND), [r.prompt.how for r in advanced], [len(r.out.tokens) for r in advanced]
-        )
+        hows, steps = [r.prompt.how for r in advanced], [len(r.out.tokens) for r in advanced]
+        tokens_N, logprobs_N = batch.draw(hidden_ND, hows, steps)
         batch.feed(tokens_N)
         for request, token, logprob in zip(advanced, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             request.add(token, logprob, stop_ids)
@@ -236,21 +241,24 @@ class _Batch:
         in_use = len(self.sizes)
         unread = self.filled(in_use) - in_use
         positions_B, tokens_B = F.pad(self.lengths_B, (0, unread)), F.pad(self.tokens_B, (0, unread))
-        rows_B = torch.arange(in_use + unread, device=self.device)
 
         def attend(layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> Tensor:
-            self.cache.write(layer, k_BGK, v_BGK, rows_B, rows_B, positions_B)
-            return self.cache.attend(layer, q_BHK, positions_B)
+            return self.cache.attend_next(layer, q_BHK, k_BGK, v_BGK, positions_B)
 
-        hidden_BD = self._forward(tokens_B, positions_B, attend)
+        forward = self.compiled.forward if self.compiled else self._forward
+        hidden_BD = forward(tokens_B, positions_B, attend)
         self.lengths_B = self.lengths_B + 1
         return hidden_BD[:in_use]
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V] of the last prefill's or decode's hidden states."""
+    def draw(self, hidden_ND: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tokens and logprobs, as `draw.draw`, of the last prefill's or decode's hidden states."""
         count = len(hidden_ND)
         head = self.compiled.head if self.compiled else self.model.logits
-        return head(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
+        logits_NV = head(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
+        tokens_N, logprobs_N = draw(logits_NV, hows, steps)
+        if self.compiled and not self.compiled.scores:
+            logprobs_N = token_logprobs(hidden_ND, self.model.head_weight, tokens_N).logprob
+        return tokens_N, logprobs_N
 
     def feed(self, tokens: Tensor) -> None:
         """The next inputs of the rows that the last prefill or decode computed."""
@@ -268,8 +276,6 @@ class _Batch:
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Decoder.forward with attention by `attend(layer, q, k, v)`."""
-        if self.compiled:
-            return self.compiled.forward(tokens_T, positions_T, attend)
         model = self.model
         cos_T1R, sin_T1R = model.rotary(positions_T)
         x_TD = model.embed_tokens(tokens_T)

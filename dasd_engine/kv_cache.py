@@ -9,7 +9,7 @@ from dasd_kernels import decode
 
 
 class KVCache:
-    """`compiled`: the CPU's kernels read it, and keys lie as these like them (see `dasd_kernels.decode.append_`)."""
+    """`compiled`: the CPU's kernels read it, and tokens lie as these like them (see `dasd_kernels.decode.append_`)."""
 
     def __init__(self, model: Decoder, rows: int, compiled: bool):
         config = model.config
@@ -53,13 +53,16 @@ class KVCache:
             self.keys[layer][rows_S, :, slots_S] = k_TGK[source_S]
             self.values[layer][rows_S, :, slots_S] = v_TGK[source_S]
 
-    def attend(self, layer: int, q_BHK: Tensor, last_B: Tensor) -> Tensor:
-        """[B, H, K]: row b attends to its slots 0 to last[b]."""
+    def attend_next(self, layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor, last_B: Tensor) -> Tensor:
+        """[B, H, K]: row b's token goes to its slot last[b] and attends to slots 0 to last[b]."""
+        keys, values = self.keys[layer], self.values[layer]
         if self.compiled:
-            return decode.attend(q_BHK, last_B, self.keys[layer], self.values[layer], self.scale)
+            return decode.attend_next(q_BHK, k_BGK, v_BGK, last_B, keys, values, self.scale)
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        self.write(layer, k_BGK, v_BGK, rows_B, rows_B, last_B)
         width = _width(self.used)
         visible_B11L = (torch.arange(width, device=last_B.device) <= last_B[:, None])[:, None, None]
-        k_BGLK, v_BGLK = self.keys[layer][: len(q_BHK), :, :width], self.values[layer][: len(q_BHK), :, :width]
+        k_BGLK, v_BGLK = keys[: len(q_BHK), :, :width], values[: len(q_BHK), :, :width]
         # The query heads that share keys stand where SDPA has query positions: nothing is repeated.
         q_BGHK = q_BHK.unflatten(1, (k_BGLK.shape[1], -1))
         return F.scaled_dot_product_attention(q_BGHK, k_BGLK, v_BGLK, attn_mask=visible_B11L).flatten(1, 2)

@@ -12,92 +12,36 @@
 #include <cmath>
 
 #include "attention.hpp"
-#include "tiles.hpp"
+#include "strips.hpp"
 
 namespace dasd::attention {
 namespace {
 
-constexpr int64_t kQueries = 48, kStrip = 512;  // forward: scores of 96 KB
-constexpr int64_t kKeys = 96;                   // backward: by kLanes queries
-constexpr float kNoQuery = 1e30f;               // an lse that makes every probability 0
-
-inline __m512 powers(__m512 x) { return exp2<Avx512Lanes>(x); }
+constexpr int64_t kKeys = 96;      // backward: by kLanes queries
+constexpr float kNoQuery = 1e30f;  // an lse that makes every probability 0
 
 inline Heads at(const Heads& x, int64_t token, int64_t head) {
   return {x.data + token * x.token_stride + head * x.head_stride, x.token_stride, x.head_stride};
 }
 
-// Lanes of keys or queries first .. first + 15 that are at most (at least) `bound`.
-inline __mmask16 up_to(int64_t first, int64_t bound) {
-  const int64_t n = bound - first + 1;
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
-}
 inline __mmask16 from(int64_t first, int64_t bound) { return static_cast<__mmask16>(~up_to(first, bound - 1)); }
 
-// One query's scores of a strip: s[count] becomes exp2(scale s - maximum) in bf16, zero after the query's own key.
-void probabilities(const float* s, int64_t k0, int64_t query, int64_t count, float scale, float* maximum, float* sum,
-                   float* correction, uint16_t* p) {
-  const __m512 factor = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-INFINITY);
-  __m512 top = lowest;
-  for (int64_t c = 0; c < count; c += 16)
-    top = _mm512_max_ps(top, _mm512_mask_mul_ps(lowest, up_to(k0 + c, query), _mm512_loadu_ps(s + c), factor));
-  const float high = std::fmax(*maximum, _mm512_reduce_max_ps(top));
-  const __m512 pivot = _mm512_set1_ps(high);
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t c = 0; c < count; c += 16) {
-    const __m512 e = _mm512_maskz_mov_ps(up_to(k0 + c, query),
-                                         powers(_mm512_fmsub_ps(_mm512_loadu_ps(s + c), factor, pivot)));
-    total = _mm512_add_ps(total, e);
-    store_rounded(p + c, e);
-  }
-  *correction = std::exp2(*maximum - high);
-  *sum = *sum * *correction + _mm512_reduce_add_ps(total);
-  *maximum = high;
-}
-
 struct ForwardScratch {
-  Buffer<uint16_t> keys, values, p;
-  Buffer<float> s, o;
+  Buffer<uint16_t> keys, values;
+  Strips strips;
   ForwardScratch(int64_t longest, int64_t width)
-      : keys(round_up(longest, kLanes) * width), values(round_up(longest, 2) * width), p(kQueries * kStrip),
-        s(kQueries * kStrip), o(kQueries * width) {}
+      : keys(round_up(longest, kLanes) * width), values(round_up(longest, 2) * width), strips(width) {}
 };
 
 void forward_task(const Pack& pack, const Heads& q, const Heads& k, const Heads& v, const Heads& out, float* lse,
                   int64_t length, ForwardScratch& scratch) {
-  const int64_t width = pack.width, depth = round_up(length, 2);
-  const float scale = pack.scale * 1.44269504f;
+  const int64_t width = pack.width;
   transposed(k.data, k.token_stride, length, width, scratch.keys.data);
   interleaved(v.data, v.token_stride, length, width, scratch.values.data);
-  float *s = scratch.s.data, *o = scratch.o.data;
-  for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
-    const int64_t rows = least(kQueries, length - q0), keys = q0 + rows;
-    float maximum[kQueries], sum[kQueries] = {}, correction;
-    for (int64_t r = 0; r < rows; ++r) maximum[r] = -INFINITY;
-    std::memset(o, 0, sizeof(float) * rows * width);
-    for (int64_t k0 = 0; k0 < keys; k0 += kStrip) {
-      const int64_t count = least(kStrip, keys - k0);
-      for (int64_t c = 0; c < count; c += kLanes)
-        product(q.data + q0 * q.token_stride, q.token_stride, rows, scratch.keys.data + (k0 + c) * width, width, s + c,
-                kStrip, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        probabilities(s + r * kStrip, k0, q0 + r, count, scale, maximum + r, sum + r, &correction,
-                      scratch.p.data + r * kStrip);
-        if (k0 > 0)
-          for (int64_t d = 0; d < width; ++d) o[r * width + d] *= correction;
-      }
-      for (int64_t d = 0; d < width; d += kLanes)
-        product(scratch.p.data, kStrip, rows, scratch.values.data + d * depth + k0 * kLanes, round_up(count, 2), o + d,
-                width, true);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const __m512 inverse = _mm512_set1_ps(1 / sum[r]);
-      for (int64_t d = 0; d < width; d += 16)
-        store_rounded(out.data + (q0 + r) * out.token_stride + d,
-                      _mm512_mul_ps(_mm512_loadu_ps(o + r * width + d), inverse));
-      lse[q0 + r] = 0.69314718f * (maximum[r] + std::log2(sum[r]));
-    }
-  }
+  const Panels panels{scratch.keys.data, scratch.values.data, round_up(length, 2) * kLanes, kLanes};
+  for (int64_t q0 = 0; q0 < length; q0 += kQueries)
+    attend_rows({q.data + q0 * q.token_stride, q.token_stride, least(kQueries, length - q0), q0, 1}, panels, width,
+                pack.scale, out.data + q0 * out.token_stride, out.token_stride, lse + q0, scratch.strips);
 }
 
 struct BackwardScratch {

@@ -27,7 +27,8 @@ inline __m512bh broadcast_pair(const uint16_t* p) {
 }
 
 template <int R>
-void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* c, int64_t ldc, bool add) {
+void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+          bool add) {
   __m512 acc[R][4];
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i)
@@ -36,7 +37,7 @@ void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, floa
   for (int64_t s = 0; s < depth; s += 2) {
     __m512bh bv[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) bv[j] = pairs(b + s * kLanes + 32 * j);
+    for (int j = 0; j < 4; ++j) bv[j] = pairs(b + s * ldb + 32 * j);
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
       const __m512bh av = broadcast_pair(a + i * lda + s);
@@ -51,17 +52,17 @@ void tile(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, floa
 }
 
 template <int R = kTileRows>
-void tile_rows(int64_t rows, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* c, int64_t ldc,
-               bool add) {
-  if (rows >= R) return tile<R>(a, lda, b, depth, c, ldc, add);
-  if constexpr (R > 1) tile_rows<R - 1>(rows, a, lda, b, depth, c, ldc, add);
+void tile_rows(int64_t rows, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t depth, float* c,
+               int64_t ldc, bool add) {
+  if (rows >= R) return tile<R>(a, lda, b, ldb, depth, c, ldc, add);
+  if constexpr (R > 1) tile_rows<R - 1>(rows, a, lda, b, ldb, depth, c, ldc, add);
 }
 
-// C[rows, 64] (+)= A · B over an even depth.
+// C[rows, 64] (+)= A · B over an even depth; B's pairs of depth are 2 `ldb` elements apart.
 inline void product(const uint16_t* a, int64_t lda, int64_t rows, const uint16_t* b, int64_t depth, float* c,
-                    int64_t ldc, bool add) {
+                    int64_t ldc, bool add, int64_t ldb = kLanes) {
   for (int64_t r = 0; r < rows; r += kTileRows)
-    tile_rows(rows - r, a + r * lda, lda, b, depth, c + r * ldc, ldc, add);
+    tile_rows(rows - r, a + r * lda, lda, b, ldb, depth, c + r * ldc, ldc, add);
 }
 
 inline __m512i widened(const uint16_t* p) {  // 16 bf16 in the lower halves of 16 lanes

@@ -7,7 +7,7 @@ namespace dasd {
 
 const DecodeKernels* decode_kernels(const char* name) {
 #ifdef DASD_X86
-  static const DecodeKernels* const all[] = {&kDecodeAvx512, &kDecodeAvx2, &kDecodePortable};
+  static const DecodeKernels* const all[] = {&kDecodeAvx512Bf16, &kDecodeAvx512, &kDecodeAvx2, &kDecodePortable};
 #else
   static const DecodeKernels* const all[] = {&kDecodePortable};
 #endif

@@ -38,14 +38,14 @@ void add_decode(py::module_& m) {
                                   int64_t rows, int64_t width, float eps, bool bf16, int threads) {
     const DecodeKernels& k = find(name);
     py::gil_scoped_release unlocked;
-    k.add_rms_norm({at<void>(x), at<void>(delta), at<void>(weight), at<void>(out), rows, width, eps}, bf16, threads);
+    k.add_rms_norm({at<void>(x), at<void>(delta), at<void>(weight), at<void>(out), nullptr, rows, width, eps}, bf16, threads);
   });
   m.def("decode_rotate", [](const std::string& name, const py::tuple& x, uintptr_t cos, uintptr_t sin, uintptr_t norm,
                             float eps, bool bf16, int threads) {
     const DecodeKernels& k = find(name);
     const Heads h = heads(x);
     py::gil_scoped_release unlocked;
-    k.rotate(h, {at<float>(cos), at<float>(sin), at<void>(norm), eps}, bf16, threads);
+    k.rotate(h, {at<float>(cos), at<float>(sin), 1.f, at<void>(norm), eps, h.x, h.stride}, bf16, threads);
   });
   m.def("decode_append", [](const std::string& name, const py::tuple& keys_, const py::tuple& values_, uintptr_t source,
                             uintptr_t rows, uintptr_t slots, int64_t count, const py::tuple& cache_, bool bf16,
@@ -56,19 +56,42 @@ void add_decode(py::module_& m) {
     py::gil_scoped_release unlocked;
     k.append(keys, values, at<int64_t>(source), at<int64_t>(rows), at<int64_t>(slots), count, c, bf16, threads);
   });
-  m.def("decode_attend", [](const std::string& name, const py::tuple& queries, int64_t groups, uintptr_t last,
-                            const py::tuple& cache_, float scale, uintptr_t out, bool bf16, int threads) {
-    const DecodeKernels& k = find(name);
-    const Heads h = heads(queries);
+  m.def("decode_attend_next", [](const std::string& name, const py::tuple& queries, const py::tuple& keys,
+                                 const py::tuple& values, uintptr_t last, const py::tuple& cache_, float scale,
+                                 uintptr_t out, bool bf16, int threads) {
+    const DecodeKernels& kernels = find(name);
+    const Heads q = heads(queries), k = heads(keys), v = heads(values);
     const Cache c = cache(cache_);
     py::gil_scoped_release unlocked;
-    k.attend(h, groups, at<int64_t>(last), c, scale, at<void>(out), bf16, threads);
+    kernels.attend_next(q, k, v, at<int64_t>(last), c, scale, at<void>(out), bf16, threads);
+  });
+  m.def("decode_attend_pack", [](const std::string& name, const py::tuple& queries, const py::tuple& keys,
+                                 const py::tuple& values, uintptr_t bounds, int64_t documents, float scale, uintptr_t out,
+                                 bool bf16, int threads) {
+    const DecodeKernels& kernels = find(name);
+    const Heads q = heads(queries), k = heads(keys), v = heads(values);
+    py::gil_scoped_release unlocked;
+    kernels.attend_pack(q, k, v, at<int64_t>(bounds), documents, scale, at<void>(out), bf16, threads);
   });
   m.def("decode_swiglu", [](const std::string& name, uintptr_t gate_up, int64_t rows, int64_t width, uintptr_t out,
                             bool bf16, int threads) {
     const DecodeKernels& k = find(name);
     py::gil_scoped_release unlocked;
-    k.swiglu(at<void>(gate_up), rows, width, at<void>(out), bf16, threads);
+    const uintptr_t up = gate_up + width * (bf16 ? 2 : 4);
+    k.swiglu(at<void>(gate_up), at<void>(up), 2 * width, rows, width, at<void>(out), bf16, threads);
+  });
+  m.def("decode_panel", [] { return decode_kernels("")->panel; });
+  m.def("decode_pack", [](uintptr_t weight, int64_t width, int64_t depth, bool gated, uintptr_t panels, int threads) {
+    const DecodeKernels& k = *decode_kernels("");
+    py::gil_scoped_release unlocked;
+    k.pack(at<uint16_t>(weight), width, depth, gated, at<uint16_t>(panels), threads);
+  });
+  m.def("decode_linear", [](uintptr_t x, int64_t rows, int64_t depth, int64_t width, uintptr_t panels, uintptr_t bias,
+                            bool gated, uintptr_t out, bool fp32, int threads) {
+    const DecodeKernels& k = *decode_kernels("");
+    py::gil_scoped_release unlocked;
+    k.linear({at<uint16_t>(x), rows, depth, width, at<uint16_t>(panels), at<uint16_t>(bias), gated, at<void>(out), fp32},
+             threads);
   });
 }
 

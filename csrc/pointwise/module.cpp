@@ -2,6 +2,7 @@
 // them. The GIL is released while working.
 #include "module.hpp"
 
+#include "decode/decode.hpp"
 #include "pointwise.hpp"
 
 namespace py = pybind11;
@@ -14,6 +15,7 @@ using Address = uintptr_t;
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
 void* out(Address a) { return reinterpret_cast<void*>(a); }
 float* floats(Address a) { return reinterpret_cast<float*>(a); }
+const DecodeKernels& widest() { return *decode_kernels(""); }
 
 }  // namespace
 
@@ -22,7 +24,9 @@ void add_pointwise(py::module_& m) {
   m.attr("norm_parts") = kNormParts;
   m.def("rms_norm",
         [](Address x, Address weight, int64_t rows, int64_t width, bool bf16, float eps, Address y, Address rstd,
-           int threads) { rms_norm({in(x), in(weight), rows, width, bf16}, eps, out(y), floats(rstd), threads); },
+           int threads) {
+          widest().add_rms_norm({out(x), nullptr, in(weight), out(y), floats(rstd), rows, width, eps}, bf16, threads);
+        },
         unlocked);
   m.def("rms_norm_backward",
         [](Address x, Address weight, int64_t rows, int64_t width, bool bf16, Address rstd, Address dy, Address dx,
@@ -32,8 +36,8 @@ void add_pointwise(py::module_& m) {
         },
         unlocked);
   m.def("swiglu",
-        [](Address gate, Address up, Address y, int64_t count, bool bf16, int threads) {
-          swiglu(in(gate), in(up), out(y), count, bf16, threads);
+        [](Address gate, Address up, Address y, int64_t rows, int64_t width, bool bf16, int threads) {
+          widest().swiglu(in(gate), in(up), width, rows, width, out(y), bf16, threads);
         },
         unlocked);
   m.def("swiglu_backward",
@@ -43,8 +47,9 @@ void add_pointwise(py::module_& m) {
         unlocked);
   m.def("rotate",
         [](Address x, int64_t stride, Address cos, Address sin, float sign, Address y, int64_t tokens, int64_t heads,
-           int64_t half, bool bf16, int threads) {
-          rotate(in(x), stride, floats(cos), floats(sin), sign, out(y), tokens, heads, half, bf16, threads);
+           int64_t dim, bool bf16, int threads) {
+          widest().rotate({out(x), stride, tokens, heads, dim},
+                          {floats(cos), floats(sin), sign, nullptr, 0.f, out(y), heads * dim}, bf16, threads);
         },
         unlocked);
   m.def("sum_of_squares",

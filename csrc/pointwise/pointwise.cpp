@@ -57,30 +57,6 @@ DASD_INLINE float sigmoid(float x) {  // to 3e-7; 2^f as in linear_ce/epilogue.h
 
 constexpr int64_t kSums = 16;  // independent sums, so that they can be lanes
 
-template <class T>
-DASD_INLINE float mean_square(const T* x, int64_t width) {
-  float sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= width; i += kSums)
-    for (int64_t l = 0; l < kSums; ++l) sums[l] += wide(x[i + l]) * wide(x[i + l]);
-  for (int64_t l = 0; i + l < width; ++l) sums[l] += wide(x[i + l]) * wide(x[i + l]);
-  float total = 0.f;
-  for (float sum : sums) total += sum;
-  return total / static_cast<float>(width);
-}
-
-template <class T>
-DASD_INLINE void norm_rows(const Norm& norm, float eps, void* y_, float* rstd, int64_t begin, int64_t end) {
-  const T* weight = static_cast<const T*>(norm.weight);
-  for (int64_t r = begin; r < end; ++r) {
-    const T* x = static_cast<const T*>(norm.x) + r * norm.width;
-    T* y = static_cast<T*>(y_) + r * norm.width;
-    const float factor = 1.f / std::sqrt(mean_square(x, norm.width) + eps);
-    rstd[r] = factor;
-    for (int64_t i = 0; i < norm.width; ++i) narrow(wide(x[i]) * factor * wide(weight[i]), y + i);
-  }
-}
-
 // dx = rstd (w dy - x rstd² mean(w dy x)), dweight += dy x rstd
 template <class T>
 DASD_INLINE void norm_rows_backward(const Norm& norm, const float* rstd, const void* dy_, void* dx_, float* dweight,
@@ -106,13 +82,6 @@ DASD_INLINE void norm_rows_backward(const Norm& norm, const float* rstd, const v
 }
 
 template <class T>
-DASD_INLINE void swiglu_block(const void* gate_, const void* up_, void* y_, int64_t begin, int64_t end) {
-  const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
-  T* y = static_cast<T*>(y_);
-  for (int64_t i = begin; i < end; ++i) narrow(rounded<T>(wide(gate[i]) * sigmoid(wide(gate[i]))) * wide(up[i]), y + i);
-}
-
-template <class T>
 DASD_INLINE void swiglu_block_backward(const void* gate_, const void* up_, const void* dy_, void* dgate_, void* dup_,
                                        int64_t begin, int64_t end) {
   const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_), *dy = static_cast<const T*>(dy_);
@@ -124,55 +93,17 @@ DASD_INLINE void swiglu_block_backward(const void* gate_, const void* up_, const
   }
 }
 
-struct Turn {
-  const void* x;
-  int64_t stride;
-  const float *cos, *sin;
-  float sign;
-  void* y;
-  int64_t heads, half;
-};
-
-template <class T>
-DASD_INLINE void rotate_token(const Turn& turn, int64_t token) {
-  const int64_t half = turn.half;
-  const T* x = static_cast<const T*>(turn.x) + token * turn.stride;
-  T* y = static_cast<T*>(turn.y) + token * turn.heads * 2 * half;
-  const float *cos = turn.cos + token * half, *sin = turn.sin + token * half;
-  for (int64_t h = 0; h < turn.heads; ++h, x += 2 * half, y += 2 * half)
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = wide(x[i]), b = wide(x[i + half]), s = turn.sign * sin[i];
-      narrow(a * cos[i] - b * s, y + i);
-      narrow(b * cos[i] + a * s, y + i + half);
-    }
-}
-
 // The entries below are what is compiled once an instruction set; everything above is inlined into them.
-DASD_CLONES void norm_part(const Norm& n, float eps, void* y, float* rstd, int64_t begin, int64_t end) {
-  if (n.bf16) norm_rows<bf16>(n, eps, y, rstd, begin, end);
-  else norm_rows<float>(n, eps, y, rstd, begin, end);
-}
-
 DASD_CLONES void norm_part_backward(const Norm& n, const float* rstd, const void* dy, void* dx, float* dweight,
                                     int64_t begin, int64_t end) {
   if (n.bf16) norm_rows_backward<bf16>(n, rstd, dy, dx, dweight, begin, end);
   else norm_rows_backward<float>(n, rstd, dy, dx, dweight, begin, end);
 }
 
-DASD_CLONES void swiglu_part(const void* gate, const void* up, void* y, int64_t begin, int64_t end, bool half) {
-  if (half) swiglu_block<bf16>(gate, up, y, begin, end);
-  else swiglu_block<float>(gate, up, y, begin, end);
-}
-
 DASD_CLONES void swiglu_part_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup,
                                       int64_t begin, int64_t end, bool half) {
   if (half) swiglu_block_backward<bf16>(gate, up, dy, dgate, dup, begin, end);
   else swiglu_block_backward<float>(gate, up, dy, dgate, dup, begin, end);
-}
-
-DASD_CLONES void rotate_part(const Turn& turn, int64_t token, bool half) {
-  if (half) rotate_token<bf16>(turn, token);
-  else rotate_token<float>(turn, token);
 }
 
 DASD_CLONES double squares_part(const float* x, int64_t count) {
@@ -196,12 +127,6 @@ void in_blocks(int64_t count, int threads, Body body) {
 
 }  // namespace
 
-void rms_norm(const Norm& norm, float eps, void* y, float* rstd, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (norm.rows * norm.width > kBlock)
-  for (int64_t p = 0; p < kNormParts; ++p)
-    norm_part(norm, eps, y, rstd, norm.rows * p / kNormParts, norm.rows * (p + 1) / kNormParts);
-}
-
 void rms_norm_backward(const Norm& norm, const float* rstd, const void* dy, void* dx, void* dweight, float* partial,
                        int threads) {
   std::memset(partial, 0, sizeof(float) * kNormParts * static_cast<size_t>(norm.width));
@@ -217,22 +142,11 @@ void rms_norm_backward(const Norm& norm, const float* rstd, const void* dy, void
   }
 }
 
-void swiglu(const void* gate, const void* up, void* y, int64_t count, bool half, int threads) {
-  in_blocks(count, threads, [=](int64_t begin, int64_t end) { swiglu_part(gate, up, y, begin, end, half); });
-}
-
 void swiglu_backward(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t count, bool half,
                      int threads) {
   in_blocks(count, threads, [=](int64_t begin, int64_t end) {
     swiglu_part_backward(gate, up, dy, dgate, dup, begin, end, half);
   });
-}
-
-void rotate(const void* x, int64_t stride, const float* cos, const float* sin, float sign, void* y, int64_t tokens,
-            int64_t heads, int64_t half, bool is_bf16, int threads) {
-  const Turn turn{x, stride, cos, sin, sign, y, heads, half};
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * half > kBlock)
-  for (int64_t t = 0; t < tokens; ++t) rotate_part(turn, t, is_bf16);
 }
 
 double sum_of_squares(const float* x, int64_t count, int threads) {

@@ -1,18 +1,31 @@
-"""What lies between a decoder's matrix products when it generates on the CPU: csrc/decode's kernels on tensors.
+"""A decoder that generates on the CPU: csrc/decode's kernels on tensors.
 
 Tensors are fp32 or bf16. A row's result depends on that row (and its cache) alone, bit for bit, whatever stands
-beside it and however many threads run. `name` picks the kernels of a vector width, "avx512", "avx2" or "portable";
-"" is the widest that the CPU has. Shape suffixes: T rows, D width, H query heads, G key-value heads, K head dimension,
-R = K / 2.
+beside it and however many threads run; and it is the one that the same row has in a pack: `add_rms_norm`, `rotate_` and
+`swiglu` are those of `dasd_kernels.pointwise`, `attend_next` is `attend_pack`, or `dasd_kernels.attention` where that
+runs, and `linear` is `F.linear`. `name` picks kernels: "avx512_bf16", "avx512",
+"avx2" or "portable"; "" is the first of these that the CPU has. Shape suffixes: T rows, D width, H query heads, G
+key-value heads, K head dimension, R = K / 2.
 """
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dasd_kernels import _C
+try:
+    from dasd_kernels import _C
+except ImportError:  # a source tree that was not built
+    _C = None  # type: ignore[assignment]
 
-DTYPES = (torch.float32, torch.bfloat16)
-TILE = 16  # tokens: a cache's room is a multiple of it
+TILE = 64  # tokens: a cache's room is a multiple of it
+
+
+def supported(x: Tensor) -> bool:
+    """Whether the kernels take such a tensor."""
+    return _C is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, name: str = "") -> Tensor:
@@ -42,8 +55,8 @@ def append_(
 ) -> None:  # fmt: skip
     """Writes keys and values of tokens `source` to `slots` of cache rows `rows`, int64 [n] each.
 
-    `keys`, `values`: [cache rows, G, room, K] in k's dtype. Keys lie in tiles of 16 tokens, inside which those of one
-    dimension are neighbours: `attend` reads them.
+    `keys`, `values`: [cache rows, G, room, K] in k's dtype, inside whose TILEs of tokens the kernels of a name have an
+    order of their own. Slots of a row come in rising order.
     """
     assert k_TGK.dtype == v_TGK.dtype == keys.dtype and len(source) == len(rows) == len(slots)
     _C.decode_append(
@@ -52,12 +65,31 @@ def append_(
     )  # fmt: skip
 
 
-def attend(q_THK: Tensor, last_T: Tensor, keys: Tensor, values: Tensor, scale: float, name: str = "") -> Tensor:
-    """[T, H, K]: the queries of row i attend to slots 0 to `last_T[i]` (int64) of cache row i."""
-    assert q_THK.dtype == keys.dtype and len(last_T) == len(q_THK) <= len(keys)
+def attend_next(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, last_T: Tensor, keys: Tensor, values: Tensor, scale: float,
+    name: str = "",
+) -> Tensor:  # fmt: skip
+    """[T, H, K]: row i's key and value go to slot `last_T[i]` (int64) of cache row i, and its queries attend to slots
+    0 to `last_T[i]`."""
+    assert q_THK.dtype == k_TGK.dtype == v_TGK.dtype == keys.dtype and len(last_T) == len(q_THK) <= len(keys)
     out = q_THK.new_empty(q_THK.shape)
-    _C.decode_attend(
-        name, _heads(q_THK), keys.shape[1], last_T.data_ptr(), _cache(keys, values), scale, out.data_ptr(),
+    _C.decode_attend_next(
+        name, _heads(q_THK), _heads(k_TGK), _heads(v_TGK), last_T.data_ptr(), _cache(keys, values), scale,
+        out.data_ptr(), *_how(q_THK),
+    )  # fmt: skip
+    return out
+
+
+def attend_pack(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], scale: float, name: str = ""
+) -> Tensor:
+    """[T, H, K]: causal attention inside documents of these lengths, whose sum is T. Not differentiable."""
+    q_THK, k_TGK, v_TGK = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THK, k_TGK, v_TGK))
+    assert q_THK.dtype == k_TGK.dtype == v_TGK.dtype and sum(lengths) == len(q_THK) == len(k_TGK) == len(v_TGK)
+    bounds = torch.tensor([0, *accumulate(lengths)])
+    out = q_THK.new_empty(q_THK.shape)
+    _C.decode_attend_pack(
+        name, _heads(q_THK), _heads(k_TGK), _heads(v_TGK), bounds.data_ptr(), len(lengths), scale, out.data_ptr(),
         *_how(q_THK),
     )  # fmt: skip
     return out
@@ -68,6 +100,46 @@ def swiglu(gate_up: Tensor, name: str = "") -> Tensor:
     assert gate_up.is_contiguous()
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     _C.decode_swiglu(name, gate_up.data_ptr(), len(out), out.shape[1], out.data_ptr(), *_how(gate_up))
+    return out
+
+
+class Packed(NamedTuple):
+    """Weights as `linear` reads them."""
+
+    panels: Tensor
+    bias: Tensor | None  # [width], or [2, width] where gated
+    width: int
+    gated: bool
+
+
+def can_multiply(weight: Tensor) -> bool:
+    """Whether to `pack` this weight [width, D]: bf16, an even D, on a CPU with AVX512-BF16. Not with AMX, by which
+    `F.linear` multiplies in another order."""
+    even = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    return even and supported(weight) and _C.decode_panel() > 0 and not torch.cpu._is_amx_tile_supported()
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Packed:
+    """A copy of `weight` [width, D]; gated: of [2 width, D], the gates first."""
+    weight = weight.contiguous()
+    turns, depth = 1 + gated, weight.shape[1]
+    width = len(weight) // turns
+    panel = _C.decode_panel()
+    panels = weight.new_empty(-(-width // panel) * turns, panel * depth)
+    _C.decode_pack(weight.data_ptr(), width, depth, gated, panels.data_ptr(), torch.get_num_threads())
+    return Packed(panels, None if bias is None else bias.contiguous(), width, gated)
+
+
+def linear(x_TD: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[T, width] of dtype bf16 or fp32 (not gated): x weightᵀ + bias; gated: `swiglu` of it, bf16. For few rows: the
+    weights are read once, every row with each of them."""
+    assert x_TD.is_contiguous() and x_TD.dtype == torch.bfloat16 and not (packed.gated and dtype != torch.bfloat16)
+    out = x_TD.new_empty(len(x_TD), packed.width, dtype=dtype)
+    _C.decode_linear(
+        x_TD.data_ptr(), len(x_TD), x_TD.shape[1], packed.width, packed.panels.data_ptr(),
+        0 if packed.bias is None else packed.bias.data_ptr(), packed.gated, out.data_ptr(), dtype == torch.float32,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

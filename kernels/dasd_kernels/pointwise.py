@@ -111,9 +111,9 @@ norm.register_autograd(norm_gradients, setup_context=norm_setup)
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    _C.swiglu(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), bf16(y), torch.get_num_threads()
-    )
+    width = y.shape[-1] if y.dim() else 1
+    rows = y.numel() // max(width, 1)
+    _C.swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, width, bf16(y), torch.get_num_threads())
     return y
 
 
@@ -152,8 +152,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.rotate(
-        x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), sign, y.data_ptr(), tokens, heads, width // 2,
-        bf16(x), torch.get_num_threads(),
+        x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), sign, y.data_ptr(), tokens, heads, width, bf16(x),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
