@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dasd_engine.bakeoff_arms import DESIGNS, Arm, Group, make_groups, paste
-from dasd_engine.bakeoff_plan import LEAST_SEEDS, Clock, Plan, fits, make_plan, parse_budget, too_small
+from dasd_engine.bakeoff_plan import LEAST_SEEDS, Clock, Plan, duration, fits, make_plan, parse_budget, too_small
 from dasd_engine.bakeoff_report import print_plan, print_result
 from dasd_engine.bakeoff_runs import Bench, Measured, Seed, runs_of
 from dasd_engine.distill import DONE, State
@@ -31,7 +31,7 @@ from dasd_engine.distill import Run as Distillation
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
 from dasd_engine.distill_stages import hash_model
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.evaluation_report import EvalReport, levels
+from dasd_engine.evaluation_report import RESPONSES, EvalReport, levels
 from dasd_engine.mixed_policy import hash_uniform
 from dasd_engine.paired import compare, detectable, expected_spread, recommend, spread
 from dasd_engine.problems import read_problems
@@ -100,17 +100,21 @@ def _run(
     if not names:
         names = [str(out / PROBLEMS)]
         write_rows(out / PROBLEMS, map(_row, problems))
+    say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
     bench = Bench(recipe, out, names, asked.development, full, quiet)
+    say("the student before training, on the development problems: " + ", ".join(names))
     base = bench.evaluate(recipe.student, out / "base", recipe.seed)
-    check_level(base.report)
+    check_level(base.report, out / "base")
     least = LEAST_SEEDS * len(runs_of(groups)) * len(DESIGNS) * base.seconds
     if asked.budget < least:
         raise too_small(asked.budget, least, f"the evaluations of {LEAST_SEEDS} seeds alone")
     bench.scores, ids = sample(recipe, asked, training, out, quiet)
     clock.save()
+    say(f"choosing among the candidates of {len(ids):,} questions, by every rule of these arms")
     groups = bench.choose(groups, ids)
     path = out / PLAN
     if not path.exists():
+        say("a short run, to measure the speed")
         cost, most = bench.probe(groups, ids, base)
         plan = make_plan(cost, asked.budget, clock.spent, most)
         write_json(path, {**asdict(plan), "cost": asdict(cost), "spent": clock.spent})
@@ -140,6 +144,9 @@ def _seeds(
             break
         found.append(bench.seed(seed, groups, ids, plan.rows))
         clock.save()
+        if not bench.quiet:
+            spent = f"{duration(clock.spent)} of {duration(budget)}"
+            print(f"seed {seed + 1} of {plan.seeds} is there, {spent}", flush=True)
     return found
 
 
@@ -188,10 +195,11 @@ def _row(question: Question) -> dict[str, Any]:
     return {"uuid": question.id, "messages": question.messages, "meta": json.dumps(meta, ensure_ascii=False)}
 
 
-def check_level(report: EvalReport) -> None:
+def check_level(report: EvalReport, directory: Path) -> None:
     """Before anything is paid for: a student that can do nothing of it, or all, shows no difference of its teachers."""
     if said := levels(replace(report, by_task={"the development problems": report})):
-        raise InputError(f"the student before training: {said[0]}")
+        raise InputError(f"the student before training: {said[0]} (what it said, and how that was judged: "
+                         f"{directory / RESPONSES})")  # fmt: skip
 
 
 def sample(

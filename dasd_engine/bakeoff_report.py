@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dasd_engine.bakeoff_arms import DESIGNS, Group
 from dasd_engine.bakeoff_plan import Plan, duration
-from dasd_engine.comparisons import points, said
+from dasd_engine.comparisons import of_bakeoff, points
 from dasd_engine.evaluation_report import EvalReport, percent
 from dasd_engine.paired import POWER, Pair, against
 
@@ -36,8 +36,10 @@ def print_result(result: dict[str, Any]) -> None:
     )
     if result["seeds"] < result["plan"]["seeds"]:
         print(f"the plan had {result['plan']['seeds']} seeds; another would have passed the budget")
-    for name, group in result["groups"].items():
+    for (name, group), comparison in zip(result["groups"].items(), of_bakeoff(result), strict=True):
         _print_group(name, group)
+        for line in comparison.said:
+            print(f"  {line}")
     for name, reason in result["left_out"].items():
         print(f"left out: {name}: {reason}")
     print("\nrecipe lines:\n" + result["paste"])
@@ -64,8 +66,6 @@ def _print_group(name: str, group: dict[str, Any]) -> None:
         table.add_row(arm, *cells)
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)  # a log has no width
-    for line in said(group):
-        print(f"  {line}")
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -2,15 +2,16 @@
 
     result.json of dasd_engine.bakeoff     a comparison for each group, with equal samples and with equal tokens
     bench/results/ablations.json           {"regimes": {NAME: {"about", "families": {FAMILY: {"title", "reference",
-        "arms": [names], "sets": {SET: {"pass_at_1": {arm: mean}, "tokens": {arm: mean}, "pairs": [{"a", "b",
-        "difference", "interval"}, ...]}}}, "claims": [{"said", "verdict", "sets": {SET: {"difference", "interval"}}}],
+        "arms": [names], "sets": {SET: {"base": mean, "pass_at_1": {arm: mean}, "tokens": {arm: mean},
+        "pairs": [{"a", "b", "difference", "interval"}, ...]}}},
+        "claims": [{"said", "verdict", "sets": {SET: {"difference", "interval"}}}],
         "sweep": [{"set", "step", "base", "above_random": {arm: {"difference", "interval"}}}]}}}: a comparison for each
         family, on each set of problems; one for the claims and one a set for the sweep, where there are some
 
 `report` shows them, `forest` draws them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +50,9 @@ def of_bakeoff(result: dict[str, Any]) -> list[Comparison]:
             Series(f"equal {design}", _against(pairs, reference), pass_at_1[design], tokens[design])
             for design, pairs in group["pairs"].items()
         ]
-        arms = list(series[0].pass_at_1)
-        found.append(Comparison(f"bakeoff-{name}", f"{name}: above {reference}", arms, series, said(group)))
+        arms, base = list(series[0].pass_at_1), {one.name: result["base"] for one in series}
+        words = said(group) + harmed(base, series)
+        found.append(Comparison(f"bakeoff-{name}", f"{name}: above {reference}", arms, series, words))
     return found
 
 
@@ -67,7 +69,9 @@ def of_ablations(results: dict[str, Any]) -> list[Comparison]:
                 for key, one in family["sets"].items()
             ]
             title = f"{regime}: {family['title']}: above {reference}"
-            found.append(Comparison(f"{regime}-{name}", title, arms, series, told(reference, arms, series)))
+            base = {f"set {key}": one["base"] for key, one in family["sets"].items()}
+            words = told(reference, arms, series) + harmed(base, series)
+            found.append(Comparison(f"{regime}-{name}", title, arms, series, words))
         found += _sweep(regime, value.get("sweep", []))
     return found
 
@@ -135,6 +139,18 @@ def said(group: dict[str, Any]) -> list[str]:
     same = "all arms gave the same answers, so what could be seen is not known"
     lines.append(f"could see a difference of {points(worst)} {planned}" if worst else f"{same} {planned}")
     return lines
+
+
+def harmed(base: Mapping[str, float], series: Sequence[Series]) -> list[str]:
+    """That no arm's training has helped: the best of them is then the one that harms least.
+
+    `base`: by series, the pass@1 of the students before training.
+    """
+    worse = [f"{percent(base[s.name])}, {s.name}" for s in series if max(s.pass_at_1.values()) < base[s.name]]
+    if not worse:
+        return []
+    return [f"every arm ends below the students before training ({'; '.join(worse)}): what is compared is how much "
+            "each harms, not how much it helps"]  # fmt: skip
 
 
 def told(reference: str, arms: Sequence[str], series: Sequence[Series]) -> list[str]:

@@ -44,7 +44,8 @@ def write_train_run(path: Path, steps: int = 20) -> Path:
 def write_ablations(path: Path) -> Path:
     """Results of two regimes, one family of three arms each, on two sets of problems."""
     one = {
-        "pass_at_1": {"low": 0.5, HOSTILE: 0.4, "both": 0.6}, "tokens": {"low": 10, HOSTILE: 20, "both": 30},
+        "base": 0.3, "pass_at_1": {"low": 0.5, HOSTILE: 0.4, "both": 0.6},
+        "tokens": {"low": 10, HOSTILE: 20, "both": 30},
         "pairs": [{"a": "low", "b": HOSTILE, "difference": -0.1, "interval": [-0.15, -0.05]},
                   {"a": "low", "b": "both", "difference": 0.1, "interval": [-0.01, 0.21]}],
     }  # fmt: skip

@@ -13,7 +13,7 @@ from dasd_engine.bakeoff import Asked, split
 from dasd_engine.bakeoff_arms import SCHEDULES, Arm, Choice, Rows, count_tokens, make_groups, paste, pick, stage_rows
 from dasd_engine.bakeoff_plan import LEAST_SEEDS, MOST_SEEDS, Clock, Cost, Plan, fits, make_plan, parse_budget
 from dasd_engine.bakeoff_runs import Bench
-from dasd_engine.comparisons import said
+from dasd_engine.comparisons import Series, harmed, said
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import load_distill_recipe
 from dasd_engine.errors import InputError
@@ -223,7 +223,7 @@ def test_a_student_at_the_floor_is_told_before_the_teacher_is_asked(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     wrong = [{**row, "meta": json.dumps({"answer": "no such letter"})} for row in rows]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
-    with pytest.raises(InputError, match="the student before training: floor on the development problems"):
+    with pytest.raises(InputError, match="floor on the development problems.*judged: .*base/responses.jsonl"):
         bakeoff.main([str(recipe), *OPTIONS, "--quiet"])
     assert not (tmp_path / "run" / "bakeoff" / "source").exists()
 
@@ -289,3 +289,10 @@ def test_a_verdict_in_words():
     ]  # fmt: skip
     assert said(group(best="random", worse=["ratio"]))[0] == "take random: it is better than every other arm"
     assert said(group(partly=["longest"]))[1] == "better with equal samples or with equal tokens, not both: longest"
+
+
+def test_arms_that_all_end_below_their_start_are_told():
+    samples, tokens = (Series(name, {}, {"random": 0.2, "ratio": 0.3}) for name in ("equal samples", "equal tokens"))
+    assert harmed({"equal samples": 0.3, "equal tokens": 0.1}, [samples, tokens]) == []
+    (line,) = harmed({"equal samples": 0.301, "equal tokens": 0.1}, [samples, tokens])
+    assert line.startswith("every arm ends below the students before training (30.1 %, equal samples): ")

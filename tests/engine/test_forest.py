@@ -84,7 +84,7 @@ def test_ablations_are_read_whichever_way_a_pair_was_compared():
     means, tokens = {"low": 0.5, "high": 0.4, "both": 0.6}, {"low": 10, "high": 20, "both": 30}
     pairs = [pair("low", "high", -0.1, -0.15, -0.05), pair("both", "low", -0.1, -0.2, 0.01)]
     pairs.append(pair("high", "both", 0.2, 0.1, 0.3))
-    one = {"pass_at_1": means, "tokens": tokens, "pairs": pairs}
+    one = {"base": 0.3, "pass_at_1": means, "tokens": tokens, "pairs": pairs}
     family = {"title": "temperatures", "reference": "low", "arms": list(means), "sets": {"A": one, "B": one}}
     (found,) = of_ablations({"regimes": {"chance": {"about": "", "families": {"temperature": family}}}})
     assert (found.name, found.title) == ("chance-temperature", "chance: temperatures: above low")
@@ -123,7 +123,7 @@ def test_a_bakeoff_has_its_designs_side_by_side():
         "tokens": dict.fromkeys(("samples", "tokens"), {"random": 9.0, "ratio": 8.0}),
         "pairs": dict.fromkeys(("samples", "tokens"), pairs),
     }  # fmt: skip
-    (found,) = of_bakeoff({"groups": {"rules": group}})
+    (found,) = of_bakeoff({"base": 0.4, "groups": {"rules": group}})
     assert [s.name for s in found.series] == ["equal samples", "equal tokens"]
     assert found.series[1].against == {"ratio": (0.1, 0.05, 0.15)}
     assert found.said[0] == "take ratio: better than random with equal samples and with equal tokens"
