@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.ablations.arms import SWEEP, TABLES, runs
 from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_noisy_teacher, make_starts, write_data
-from bench.ablations.results import collect
+from bench.ablations.results import begin, collect
 from bench.ablations.runs import ask_teacher, measure
 from bench.ablations.tables import print_tables
 from dasd_engine.bakeoff_plan import duration
@@ -78,6 +78,7 @@ def main() -> None:
         return
     out = args.out or Path("runs/ablations-quick" if args.quick else "runs/ablations")
     began = time.monotonic()
+    begin(out)
     everything(regimes, out, size, args.workers)
     found = collect(regimes, out, size)
     write_json(out / "ablations.json", found)

@@ -8,21 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Claim, Table
+from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, Claim, Table
 from bench.ablations.regimes import SETS, Regime, Size
 from dasd_engine.evaluation_report import RESPONSES, read_responses, shares
 from dasd_engine.paired import Array, Pair, against, compare, critical
 from dasd_engine.problems import final_answer, is_right
 from dasd_engine.questions import read_questions
-from dasd_engine.records import MANIFEST, read_json, read_rows
+from dasd_engine.records import MANIFEST, read_json, read_rows, write_json
+
+BEGAN = "began.json"
 
 
 def collect(regimes: Sequence[Regime], out: Path, size: Size) -> dict[str, Any]:
     """Everything that is committed as bench/results/ablations.json."""
     return {
-        "command": "python -m bench.ablations", "commit": commit(), "seeds": size.seeds, "problems": size.problems,
+        "command": "python -m bench.ablations", "commit": read_json(out / BEGAN)["commit"], "seeds": size.seeds,
+        "problems": size.problems, "rows": size.rows,
         "regimes": {regime.name: Measured(regime, out, size).result() for regime in regimes},
     }  # fmt: skip
+
+
+def begin(out: Path) -> None:
+    """Writes down what is about to run; a later start of the same does not change it."""
+    if not (out / BEGAN).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / BEGAN, {"commit": commit()})
 
 
 def commit() -> str:
@@ -45,7 +55,7 @@ class Measured:
             families[f"sweep-{step}"] = self.family(SWEEP, step)
         return {
             "about": self.regime.about, "rows": self.size.rows,
-            "base": {name: self.base(name) for name in SETS}, "families": families,
+            "base": {name: self.base(name) for name in SETS}, "starts": self.starts(), "families": families,
             "claims": [self.claim(claim) for claim in CLAIMS], "sweep": self.sweep(),
             "teacher": self.teacher(), "mixed_rows": self.mixed_rows(), "seconds": self.seconds(),
         }  # fmt: skip
@@ -64,6 +74,11 @@ class Measured:
         directory = seed / "runs" / run
         return self.run(seed, told["instead"]) if "instead" in (told := read_json(directory / MANIFEST)) else directory
 
+    def tokens(self, seed: Path, arm: Arm) -> int:
+        """Of the responses that all its stages are trained on, once each."""
+        told = read_json(seed / "runs" / arm.run / MANIFEST)
+        return told.get("tokens", 0) + (self.tokens(seed, arm.before) if arm.before else 0)
+
     def right_ASQ(self, table: Table, name: str, step: int) -> Array:
         return np.array([
             self.right([self.run(seed, arm.run) / "evaluate" for seed in self.seeds(step)], name) for arm in table.arms
@@ -72,14 +87,15 @@ class Measured:
     def base(self, name: str, step: int = 0) -> float:
         return float(np.mean(self.right([seed / "base" for seed in self.seeds(step)], name)))
 
+    def starts(self) -> dict[str, list[float]]:
+        """Of every seed's student before any run."""
+        return {name: np.mean(self.right([seed / "base" for seed in self.seeds()], name), 1).tolist() for name in SETS}
+
     # ------------------------------------------------------------------------------------------ tables
 
     def family(self, table: Table, step: int = 0) -> dict[str, Any]:
         names = [arm.name for arm in table.arms]
-        tokens = {
-            arm.name: float(np.mean([read_json(self.run(s, arm.run) / MANIFEST)["tokens"] for s in self.seeds(step)]))
-            for arm in table.arms
-        }
+        tokens = {arm.name: float(np.mean([self.tokens(s, arm) for s in self.seeds(step)])) for arm in table.arms}
         sets = {}
         for name in SETS:
             right_ASQ = self.right_ASQ(table, name, step)

@@ -7,10 +7,13 @@ def print_tables(found: dict[str, Any]) -> None:
     print(f"{found['seeds']} seeds, two sets of {found['problems']} problems, "
           f"two samples each at T = 1; commit {found['commit']}")  # fmt: skip
     for name, regime in found["regimes"].items():
-        base = " and ".join(f"{percent(share)} on {which}" for which, share in regime["base"].items())
+        base = "; ".join(
+            f"{percent(share)} on {which} ({', '.join(f'{100 * one:.0f}' for one in regime['starts'][which])})"
+            for which, share in regime["base"].items()
+        )
         teacher = ", ".join(f"{percent(share)} at T = {t}" for t, share in regime["teacher"].items())
-        print(f"\n## {name}: {regime['about']}\n{regime['rows']} rows a stage. Students before: {base}; "
-              f"the teacher's candidates right: {teacher}.\n")  # fmt: skip
+        print(f"\n## {name}: {regime['about']}\n{regime['rows']} rows a stage. Students before, by seed: {base}. "
+              f"The teacher's candidates right: {teacher}.\n")  # fmt: skip
         _claims(regime["claims"])
         for family in regime["families"].values():
             _family(family)
@@ -29,6 +32,7 @@ def _family(family: dict[str, Any]) -> None:
     reference = family["reference"]
     print(f"\n### {family['title']}\n")
     table("arm", "tokens", *(f"{name}: pass@1 | {name}: above {reference}" for name in family["sets"]), columns=6)
+    row("*before any*", "0", *(f"{percent(measured['base'])} | " for measured in family["sets"].values()))
     for arm in family["arms"]:
         cells = []
         for measured in family["sets"].values():

@@ -10,7 +10,7 @@ import torch
 from bench.ablations.__main__ import main
 from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, runs
 from bench.ablations.regimes import NOISE, REGIMES, SETS, Size, make_noisy_teacher, write_data
-from bench.ablations.results import collect
+from bench.ablations.results import begin, collect
 from dasd_engine.hf import load_model
 from dasd_engine.records import read_rows, write_json, write_rows
 
@@ -110,6 +110,7 @@ def judged(world, tmp_path):
         (tmp_path / "data").symlink_to(world / "data")
         write_runs(tmp_path, share)
         change(tmp_path)
+        begin(tmp_path)
         one_level = REGIMES[1].__class__("noisy", "a test's", REGIMES[1].steps[:1], noisy=True)
         return collect([one_level], tmp_path, SIZE)["regimes"]["noisy"]
 
