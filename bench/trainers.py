@@ -52,7 +52,8 @@ class Trainer:
         for line in self.process.stdout:
             if line.startswith("STEP "):
                 return json.loads(line[5:])
-        raise RuntimeError(f"{self.process.args!r} ended with exit code {self.process.wait()}")
+        code = self.process.wait()
+        raise RuntimeError("killed, for want of memory" if code == -9 else f"ended with exit code {code}")
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin and self.process.stdout
@@ -181,6 +182,8 @@ def seconds_of_products(shapes: Iterable[tuple[int, int, int]]) -> float:
 
 def main() -> None:
     who, directory, tokens, *overrides = sys.argv[1:]
+    if sys.platform == "linux":
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory does not suffice, this one is killed
     place, size = Path(directory), int(tokens)
     if who == "ours":
         ours(place, size, *overrides)

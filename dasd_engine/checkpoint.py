@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError
+from dasd_engine.masters import master
 from dasd_engine.model import Decoder
 
 
@@ -68,7 +69,7 @@ class Checkpointer:
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         self.world.barrier()
         future = dcp.async_save(
-            _tensors(model, optimizer), checkpoint_id=temporary, process_group=self.world.writer_group
+            _tensors(model, optimizer, progress), checkpoint_id=temporary, process_group=self.world.writer_group
         )
         assert isinstance(future, Future)
         self._pending = (future, temporary, final)
@@ -142,13 +143,9 @@ class Checkpointer:
 
     def load(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Read weights and moments into `model` and `optimizer`, written at any world size. Collective."""
-        if progress.updates:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    step = torch.tensor(float(progress.updates), device=p.device)
-                    optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros)}
-        _read(path, _tensors(model, optimizer), self.world.host_group)
+        _read(path, _tensors(model, optimizer, progress), self.world.host_group)
+        for state in optimizer.state.values():
+            state["step"].fill_(progress.updates)
 
 
 def load_model_only(path: Path, model: Decoder) -> None:
@@ -161,12 +158,14 @@ def completed(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step-*") if p.is_dir() and p.suffix != ".tmp")
 
 
-def _tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights, and moments where the optimizer has made any, by parameter name."""
+def _tensors(
+    model: Decoder, optimizer: torch.optim.Optimizer, progress: Progress
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights, and moments where there has been a step, by parameter name."""
     named = dict(model.named_parameters())
-    state: dict[str, dict[str, torch.Tensor]] = {"model": {n: p.detach() for n, p in named.items()}}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        state[moment] = {n: optimizer.state[p][moment] for n, p in named.items() if p in optimizer.state}
+    state = {"model": {n: master(p) for n, p in named.items()}}
+    for moment in ("exp_avg", "exp_avg_sq") if progress.updates else ():
+        state[moment] = {n: optimizer.state[p][moment] for n, p in named.items()}
     return state
 
 

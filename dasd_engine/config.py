@@ -71,7 +71,7 @@ class RunOptions:
         1, "ranks that share a pack: each a part of its tokens, and in attention a part of the heads"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = option(
-        "none", "recompute in the backward pass: nothing, all but matrix products, whole blocks"
+        "none", "recompute in the backward pass: nothing, norms and SwiGLU, whole blocks"
     )
     compile: bool = option(False, "torch.compile each block")
     profile: int = option(0, "steps, after the first two, traced into trace-rank<i>.json: open it in ui.perfetto.dev")

@@ -4,12 +4,10 @@ One process without torchrun is a world of one, so that there is a single code p
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from dasd_engine.config import RunOptions
 from dasd_engine.context_parallel import part_of
 from dasd_engine.errors import InputError
 from dasd_engine.model import Decoder
+from dasd_engine.recompute import checkpoint_activations
 from dasd_kernels import PackedBatch
 from dasd_kernels.pointwise import sum_of_squares
 
@@ -39,6 +38,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """One process on a CPU: nothing crosses ranks, and FSDP would only copy."""
+        return self.size == 1 and self.device.type == "cpu"
 
     @property
     def context_ranks(self) -> int:
@@ -120,7 +124,8 @@ def compute_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
 
 
 def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.dtype) -> Decoder:
-    """Checkpoint, compile and shard `model`, block by block; embedding, last norm and head form the root's group.
+    """Checkpoint, compile and, unless it is alone, shard `model`, block by block; embedding, last norm and head form
+    the root's group.
 
     Gradients are summed over ranks, never averaged: the loss already carries the step's share of each token. So ranks
     that share a pack need no mesh of their own: each has gradients of its tokens, and all ranks shard the model.
@@ -130,11 +135,13 @@ def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     keep = options.gather == "step"
     for layer in model.layers:
-        if options.activation_checkpointing != "none":
-            checkpoint_activations(layer, options.activation_checkpointing)
+        checkpoint_activations(layer, options.activation_checkpointing)
         if options.compile:
             layer.compile()
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keep)
+        if not world.alone:
+            fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keep)
+    if world.alone:
+        return model
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the root, then the blocks
     for module, following in zip(modules, [*modules[1:], None], strict=True):
@@ -146,13 +153,21 @@ def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.
     return model
 
 
+def begin_step(model: Decoder, micro_steps: int) -> None:
+    """Where parameters themselves are bf16, gradients of several micro-steps add up in fp32, as FSDP adds them."""
+    for p in model.parameters():
+        if p.dtype == torch.bfloat16:
+            p.grad_dtype = torch.float32 if micro_steps > 1 else torch.bfloat16
+
+
 def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
     """At the step's last micro-step only, gradients cross ranks and parameters gathered for the step are freed.
 
     Where parameters are gathered a layer at a time, gradients are not held whole either, in fp32 twice the parameters'
     size: each micro-step leaves them summed over shards, and the last one sums them over replicas.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):  # alone
+        return
     if options.gather == "step":
         model.set_requires_gradient_sync(is_last)
         model.set_is_last_backward(is_last)
@@ -164,28 +179,5 @@ def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
 def squared_norm(model: Decoder) -> float:
     """Sum of the squares of this rank's shards of the gradients. In float64, so that how parameters are cut leaves no
     trace in the norm, and two ranks clip by the same factor as one: at a high learning rate a last bit grows."""
-    return sum(sum_of_squares(cast(DTensor, p.grad).to_local()) for p in model.parameters() if p.grad is not None)
-
-
-def checkpoint_activations(layer: torch.nn.Module, mode: str) -> None:
-    """Recompute `layer` in the backward pass; "selective" keeps the results of matrix products and attention."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    aten = torch.ops.aten
-    kept = {
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.dasd_kernels.attend.default,
-        torch.ops.torch_attn._varlen_attn.default,
-    }
-
-    def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    forward = layer.forward
-    extra: dict[str, Any] = {}
-    if mode == "selective":
-        extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-    recomputed = functools.partial(checkpoint, forward, use_reentrant=False, **extra)
-    layer.forward = recomputed
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return sum(sum_of_squares(g.to_local() if isinstance(g, DTensor) else g) for g in gradients)

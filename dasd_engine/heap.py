@@ -3,6 +3,8 @@
 import ctypes
 import sys
 
+from dasd_kernels import _C
+
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
@@ -22,3 +24,11 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 64 << 20)
+    _C.Workspace.keep = 0  # the loss leaves its workspace to the heap, and backward takes it
+
+
+def release_freed_memory() -> None:
+    """Give back, once, what is free now: after the start, whose tensors were not those of a step."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -40,6 +40,11 @@ class Setting:
     dtype: torch.dtype
     device: str  # "cuda" or "cpu"
 
+    @property
+    def alone(self) -> bool:
+        """As World.alone: nothing is gathered."""
+        return self.ranks == 1 and self.device == "cpu"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -48,7 +53,7 @@ class Estimate:
     masters: int  # fp32 weights, this rank's shard
     moments: int  # AdamW's two, fp32
     gathered: int  # parameters in the compute dtype
-    gradients: int  # whole over a step, or this rank's shard; and of the blocks under way
+    gradients: int  # whole over a step, or this rank's shard, or what outgrows the activations; and of blocks under way
     activations: int  # kept from forward to backward
     block: int  # of the one block that backward is in: what it computes again, and gradients of activations
     loss: int  # the head's fp32 gradient, the gradient of the hidden states, a chunk of logits
@@ -78,16 +83,24 @@ def estimate(config: ModelConfig, s: Setting) -> Estimate:
     tokens = s.context // s.run.context_parallel
 
     whole = s.run.gather == "step"
-    # One micro-step hands each block's gradients on at once; several add up in fp32, whole, until the last.
-    summed = 4 * size if whole and micro_steps > 1 else 4 * size // shards
-    kept, again, gradients = block_values(config, s.run, s.device)
+    kept, again, of_activations = block_values(config, s.run)
+    activations = item * tokens * (config.num_hidden_layers * kept + 3 * config.hidden_size)
+    if s.alone and micro_steps == 1:  # gradients come as activations go, as backward makes them
+        gradients = max(0, item * size - activations) + item * root
+    else:
+        # One micro-step hands each block's gradients on at once; several add up in fp32, whole, until the last.
+        summed = 4 * size if whole and micro_steps > 1 else 4 * size // shards
+        gradients = summed + item * root + (item + 4) * block
+        if s.alone and item < 4:  # each is cast whole before it is added
+            gradients += 4 * root
+    gathered = item * (size if whole else root + 2 * block)  # a layer at a time: this one and the next
     return Estimate(
-        masters=4 * size // shards,
+        masters=4 * size // shards,  # alone, in two halves, of which one is what blocks read
         moments=8 * size // shards,
-        gathered=item * (size if whole else root + 2 * block),  # a layer at a time: this one and the next
-        gradients=summed + item * root + (item + 4) * block,
-        activations=item * tokens * (config.num_hidden_layers * kept + 3 * config.hidden_size),
-        block=item * tokens * (again + gradients),
+        gathered=0 if s.alone else gathered,
+        gradients=gradients,
+        activations=activations,
+        block=item * tokens * (again + of_activations),
         loss=loss_bytes(config, tokens, s.dtype, s.device),
         checkpoint=12 * size // shards if s.device == "cpu" else 0,
     )
@@ -101,21 +114,21 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()) - block, block
 
 
-def block_values(config: ModelConfig, run: RunOptions, device: str) -> tuple[int, int, int]:
+def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
     """Values a token that a block keeps for its backward, that it computes again there, and of gradients meanwhile."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     normed = q + kv if config.qk_norm else 0
-    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, up, their product, and the gate's
-    # silu where SwiGLU is not one kernel.
-    everything = 4 * hidden + normed + 2 * q + 2 * kv + (3 if device == "cpu" else 4) * inner
-    products = 3 * hidden + 2 * q + 2 * kv + 2 * inner  # the block's input, and what its matrices and attention give
-    kept = {"none": everything, "selective": products, "full": hidden}[run.activation_checkpointing]
+    # Two norms keep input and output; attention q, k, v and its output; the MLP gate, up and their product.
+    everything = 4 * hidden + normed + 2 * q + 2 * kv + 3 * inner
+    inputs = everything - 2 * hidden - inner  # without what norms and SwiGLU give, made again one at a time
+    kept = {"none": everything, "selective": inputs, "full": hidden}[run.activation_checkpointing]
+    again = {"none": 0, "selective": inner, "full": everything}[run.activation_checkpointing]
     sent = 0
     if run.context_parallel > 1:  # sent and received, once each; fewer key-value heads than ranks are copied
         sent = 2 * (q + 2 * max(kv, run.context_parallel * config.head_dim))
-    return kept, everything - kept, 3 * inner + 2 * hidden + sent
+    return kept, again, 3 * inner + 2 * hidden + sent
 
 
 def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
@@ -141,7 +154,7 @@ def settle(recipe: Recipe, config: ModelConfig, world: World) -> tuple[Recipe, l
     setting = Setting(recipe.run, world.size, options.context, options.packs_per_step, dtype, world.device.type)
     if recipe.run.gather == "auto":
         setting = replace(setting, run=replace(recipe.run, gather="step"))
-        if estimate(config, setting).total > USABLE * total:
+        if not world.alone and estimate(config, setting).total > USABLE * total:
             setting = replace(setting, run=replace(recipe.run, gather="layer"))
     found = estimate(config, setting)
     where = "GPU" if world.device.type == "cuda" else "memory, shared by the ranks of this machine,"
@@ -191,9 +204,9 @@ def alternatives(config: ModelConfig, s: Setting) -> Iterator[tuple[str, Setting
     modes = ["none", "selective", "full"]
     dearer = modes[modes.index(s.run.activation_checkpointing) + 1 :]
     changes: list[dict[str, Any]] = [{"activation_checkpointing": mode} for mode in dearer]
-    if s.run.gather == "step":
+    if s.run.gather == "step" and not s.alone:
         changes = [{"gather": "layer"}, *changes, *({"gather": "layer"} | change for change in changes)]
-    least: dict[str, Any] = {"gather": "layer", "activation_checkpointing": "full"}
+    least: dict[str, Any] = {"gather": s.run.gather if s.alone else "layer", "activation_checkpointing": "full"}
     if s.run.replicas > 1:
         least["replicas"] = 1
         changes.append({"replicas": 1})

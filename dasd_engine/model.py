@@ -2,8 +2,8 @@
 
 One pack is one token axis [T]; `cu_seqlens` says where its documents begin, and attention never crosses them.
 Module names are Hugging Face's without the leading "model.". Parallelism, checkpointing and compilation are applied
-to the blocks from outside. Shape suffixes: T tokens, D hidden, H query heads, G key-value heads, K head dimension,
-R rotary frequencies (K/2), V vocabulary.
+to the blocks from outside. Shape suffixes: T tokens, D hidden, I inside the MLP, H query heads, G key-value heads,
+K head dimension, R rotary frequencies (K/2), V vocabulary.
 
     model = load_model("Qwen3-4B", dtype=torch.bfloat16, device="cuda")
     hidden_TD = model(tokens_T, positions_T, cu_seqlens, max_seqlen)
@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from dasd_engine.attention import Documents, document_attention, documents
 from dasd_engine.model_config import ModelConfig
+from dasd_engine.recompute import kept
 from dasd_engine.rope import rotary_table
 from dasd_kernels.pointwise import rms_norm, rotate, swiglu
 
@@ -74,9 +75,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.between = kept
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        with self.between(swiglu, self.gate_proj(x_TD), self.up_proj(x_TD)) as y_TI:
+            return self.down_proj(y_TI)
 
 
 class Block(nn.Module):
@@ -86,10 +89,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.between = kept  # how products get what lies between them; see dasd_engine.recompute
 
     def forward(self, x_TD: Tensor, pack: PackContext) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), pack)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        with self.between(self.input_layernorm, x_TD) as normed_TD:
+            x_TD = x_TD + self.self_attn(normed_TD, pack)
+        with self.between(self.post_attention_layernorm, x_TD) as normed_TD:
+            return x_TD + self.mlp(normed_TD)
 
 
 class Decoder(nn.Module):

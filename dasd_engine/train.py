@@ -23,10 +23,11 @@ from dasd_engine.checkpoint import Checkpointer, Progress
 from dasd_engine.config import Recipe, describe, load_recipe, packaged
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.heap import keep_freed_memory
+from dasd_engine.heap import keep_freed_memory, release_freed_memory
 from dasd_engine.hf import init_weights, load_weights, read_config, save_model
+from dasd_engine.masters import split_masters
 from dasd_engine.model import Decoder
-from dasd_engine.optim import learning_rate, make_optimizer, set_learning_rate
+from dasd_engine.optim import learning_rate, make_optimizer, update
 from dasd_engine.plan import StagePlan, Step, plan_stage
 from dasd_engine.reader import SideStream, read_ahead
 from dasd_engine.run import (
@@ -105,6 +106,9 @@ class Run:
             init_weights(self.model, recipe.seed)
         else:
             load_weights(self.model, self.source)
+        if world.alone and self.dtype == torch.bfloat16:
+            split_masters(self.model)
+        release_freed_memory()
 
     def go(self) -> Path:
         write_run_files(self.recipe, self.world)
@@ -154,6 +158,7 @@ class Run:
         p = self.progress
         p.stage, p.epoch, p.step, p.stage_step, p.updates = p.stage + 1, 0, 0, 0, 0
         if p.stage < len(self.plans):
+            del self.optimizer  # before the next one's moments are made
             self.optimizer = make_optimizer(self.model, self.plans[p.stage].stage.train)
 
     def step(self, plan: StagePlan, step: Step, waited: float) -> None:
@@ -166,10 +171,7 @@ class Run:
         grad_norm, rate = math.sqrt(squares), learning_rate(p.stage_step, plan.steps, o)
 
         if math.isfinite(total) and math.isfinite(grad_norm):
-            norm = torch.tensor(grad_norm, dtype=torch.float32, device=self.world.device)
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), o.clip, norm)
-            set_learning_rate(self.optimizer, rate)
-            self.optimizer.step()
+            update(self.optimizer, rate, grad_norm, o.clip)
             p.updates += 1
             self.bad_packs.clear()
         else:
@@ -194,6 +196,7 @@ class Run:
     def accumulate(self, step: Step) -> torch.Tensor:
         """Forward and backward over this rank's packs of the step: its share of the loss."""
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        distributed.begin_step(self.model, len(step.batches))
         for i, batch in enumerate(step.batches):
             distributed.last_micro_step(self.model, i == len(step.batches) - 1, self.recipe.run)
             hidden = self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)

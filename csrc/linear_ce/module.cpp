@@ -49,7 +49,7 @@ struct Block {
 };
 
 // Memory for a State, exported as a buffer of `bytes`. First touch of fresh memory costs as much as a third of a product, so
-// the largest block of up to kKept bytes that came back is kept for the next call. All of it happens under the GIL.
+// the largest block of up to `keep` bytes that came back is kept for the next call. All of it happens under the GIL.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : bytes_(bytes) {
@@ -66,22 +66,22 @@ class Workspace {
 #endif
   }
   ~Workspace() {
-    if (block_.size <= kKept && block_.size > kept_.size) std::swap(block_, kept_);
+    if (block_.size <= keep && block_.size > kept_.size) std::swap(block_, kept_);
     std::free(block_.data);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   static void release() { std::free(std::exchange(kept_, Block{}).data); }
+#ifdef __SANITIZE_ADDRESS__
+  static inline int64_t keep = 0;  // a block of just the asked size, so that accesses beyond it are found
+#else
+  static inline int64_t keep = 256 << 20;
+#endif
   py::buffer_info info() const { return {static_cast<uint8_t*>(block_.data), bytes_}; }
 
  private:
   static constexpr int64_t kPage = 2 << 20;
-#ifdef __SANITIZE_ADDRESS__
-  static constexpr int64_t kKept = 0;  // a block of just the asked size, so that accesses beyond it are found
-#else
-  static constexpr int64_t kKept = 256 << 20;
-#endif
   static inline Block kept_{};
   Block block_{};
   int64_t bytes_;
@@ -126,6 +126,7 @@ void add_linear_ce(py::module_& m) {
   py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Workspace& w) { return w.info(); })
+      .def_readwrite_static("keep", &Workspace::keep)
       .def_static("release", &Workspace::release);
   m.def("linear_ce_describe", &describe, py::arg("name"));
   m.def("linear_ce_forward", &forward, py::arg("name"), py::arg("head"), py::arg("rows"), py::arg("scores"),

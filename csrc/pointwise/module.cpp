@@ -2,6 +2,10 @@
 // them. The GIL is released while working.
 #include "module.hpp"
 
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "decode/decode.hpp"
 #include "pointwise.hpp"
 
@@ -15,6 +19,7 @@ using Address = uintptr_t;
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
 void* out(Address a) { return reinterpret_cast<void*>(a); }
 float* floats(Address a) { return reinterpret_cast<float*>(a); }
+uint16_t* halves(Address a) { return reinterpret_cast<uint16_t*>(a); }
 const DecodeKernels& widest() { return *decode_kernels(""); }
 
 }  // namespace
@@ -53,7 +58,16 @@ void add_pointwise(py::module_& m) {
         },
         unlocked);
   m.def("sum_of_squares",
-        [](Address x, int64_t count, int threads) { return sum_of_squares(floats(x), count, threads); }, unlocked);
+        [](Address x, int64_t count, bool bf16, int threads) { return sum_of_squares(in(x), count, bf16, threads); },
+        unlocked);
+  m.def("adamw",
+        [](Address high, Address low, Address first, Address second, Address grad, std::array<float, 7> options,
+           int64_t count, bool bf16, int threads) {
+          const auto [scale, beta1, beta2, rate, root, eps, decay] = options;
+          const Masters masters{halves(high), halves(low), floats(first), floats(second)};
+          adamw(masters, in(grad), {scale, beta1, beta2, rate, root, eps, decay}, count, bf16, threads);
+        },
+        unlocked);
 }
 
 }  // namespace dasd

@@ -93,6 +93,37 @@ DASD_INLINE void swiglu_block_backward(const void* gate_, const void* up_, const
   }
 }
 
+DASD_INLINE double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+
+template <class T>
+DASD_INLINE double squares(const T* x, int64_t count) {
+  double sums[kSums] = {}, total = 0.;
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t l = 0; l < kSums; ++l) sums[l] += squared(wide(x[i + l]));
+  for (; i < count; ++i) total += squared(wide(x[i]));
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+template <class T>
+DASD_INLINE void adamw_block(const Masters& x, const void* grad_, const AdamW o, int64_t begin, int64_t end) {
+  const T* __restrict grad = static_cast<const T*>(grad_);
+  uint16_t *__restrict high = x.high, *__restrict low = x.low;
+  float *__restrict first = x.first, *__restrict second = x.second;
+  for (int64_t i = begin; i < end; ++i) {
+    const float g = wide(grad[i]) * o.scale;
+    const float m = first[i] + (g - first[i]) * (1.f - o.beta1), v = second[i] * o.beta2 + g * g * (1.f - o.beta2);
+    const uint32_t below = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low[i])));
+    const float weight = float_of((static_cast<uint32_t>(high[i]) << 16) + below);
+    const uint32_t bits = bits_of(weight * o.decay - o.rate * m / (std::sqrt(v) * o.root + o.eps));
+    first[i] = m;
+    second[i] = v;
+    high[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+    low[i] = static_cast<uint16_t>(bits);
+  }
+}
+
 // The entries below are what is compiled once an instruction set; everything above is inlined into them.
 DASD_CLONES void norm_part_backward(const Norm& n, const float* rstd, const void* dy, void* dx, float* dweight,
                                     int64_t begin, int64_t end) {
@@ -106,14 +137,14 @@ DASD_CLONES void swiglu_part_backward(const void* gate, const void* up, const vo
   else swiglu_block_backward<float>(gate, up, dy, dgate, dup, begin, end);
 }
 
-DASD_CLONES double squares_part(const float* x, int64_t count) {
-  double sums[kSums] = {}, total = 0.;
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int64_t l = 0; l < kSums; ++l) sums[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
-  for (; i < count; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  for (double sum : sums) total += sum;
-  return total;
+DASD_CLONES double squares_part(const void* x, int64_t begin, int64_t end, bool half) {
+  return half ? squares(static_cast<const bf16*>(x) + begin, end - begin)
+              : squares(static_cast<const float*>(x) + begin, end - begin);
+}
+
+DASD_CLONES void adamw_part(const Masters& x, const void* grad, const AdamW& o, int64_t begin, int64_t end, bool half) {
+  if (half) adamw_block<bf16>(x, grad, o, begin, end);
+  else adamw_block<float>(x, grad, o, begin, end);
 }
 
 constexpr int64_t kBlock = 1 << 14;  // elements a thread takes at a time
@@ -149,14 +180,19 @@ void swiglu_backward(const void* gate, const void* up, const void* dy, void* dga
   });
 }
 
-double sum_of_squares(const float* x, int64_t count, int threads) {
+double sum_of_squares(const void* x, int64_t count, bool half, int threads) {
   std::vector<double> sums(static_cast<size_t>((count + kBlock - 1) / kBlock));
   in_blocks(count, threads, [&](int64_t begin, int64_t end) {
-    sums[static_cast<size_t>(begin / kBlock)] = squares_part(x + begin, end - begin);
+    sums[static_cast<size_t>(begin / kBlock)] = squares_part(x, begin, end, half);
   });
   double total = 0.;
   for (double sum : sums) total += sum;
   return total;
+}
+
+void adamw(const Masters& masters, const void* grad, const AdamW& options, int64_t count, bool half, int threads) {
+  in_blocks(count, threads,
+            [&](int64_t begin, int64_t end) { adamw_part(masters, grad, options, begin, end, half); });
 }
 
 }  // namespace dasd::pointwise

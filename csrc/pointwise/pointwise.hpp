@@ -22,6 +22,22 @@ void swiglu_backward(const void* gate, const void* up, const void* dy, void* dga
                      int threads);
 
 // Sum of squares in float64, in parts fixed by `count` alone.
-double sum_of_squares(const float* x, int64_t count, int threads);
+double sum_of_squares(const void* x, int64_t count, bool bf16, int threads);
+
+// fp32 weights as the nearest bf16 and, as int16, what their bits are beyond it; and AdamW's moments.
+struct Masters {
+  uint16_t *high, *low;
+  float *first, *second;
+};
+struct AdamW {
+  float scale;  // of the gradients, before all else
+  float beta1, beta2;
+  float rate;   // the learning rate / (1 - beta1^step)
+  float root;   // 1 / sqrt(1 - beta2^step)
+  float eps;
+  float decay;  // 1 - learning rate * weight decay
+};
+// A step of AdamW (arXiv 1711.05101) over `count` weights; gradients are fp32 or bf16.
+void adamw(const Masters& masters, const void* grad, const AdamW& options, int64_t count, bool bf16, int threads);
 
 }  // namespace dasd::pointwise

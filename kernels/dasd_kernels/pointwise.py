@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202), tensors of one shape and dtype."""
-    return silu_times(gate, up) if usable(gate, up) else F.silu(gate) * up
+    return silu_times(gate, up) if usable(gate, up) else SiluTimes.apply(gate, up)
 
 
 def rotate(x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def rotate(x_THK: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
 
 def sum_of_squares(x: Tensor) -> float:
     """In float64, whatever x's dtype and however many threads: the same number on every run."""
-    if usable(x) and x.dtype == torch.float32 and x.is_contiguous():
-        return _C.sum_of_squares(x.data_ptr(), x.numel(), torch.get_num_threads())
+    if usable(x) and x.is_contiguous():
+        return _C.sum_of_squares(x.data_ptr(), x.numel(), bf16(x), torch.get_num_threads())
     return torch.linalg.vector_norm(x, dtype=torch.float64).square().item()
 
 
@@ -142,6 +142,20 @@ silu_times.register_autograd(
     lambda ctx, dy: silu_times_backward(*ctx.saved_tensors, dy),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
+
+
+class SiluTimes(torch.autograd.Function):
+    """The same of torch's operations, which by themselves would keep silu(gate) for backward as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
 @torch.library.custom_op("dasd_kernels::rotate", mutates_args=())

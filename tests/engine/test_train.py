@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
-from runs import rows, run, run_here, run_with, weights, write_recipe, write_shards, write_student
 
 from dasd_engine.errors import InputError
+from runs import rows, run, run_here, run_with, weights, write_recipe, write_shards, write_student
 
 
 @pytest.fixture
@@ -101,6 +102,22 @@ def test_kill_and_resume_is_bit_equal(recipe, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run")] == [row["step"] for row in expected]
     for name, weight in weights(tmp_path / "whole" / "export" / "s0").items():
         assert torch.equal(weight, weights(tmp_path / "run" / "export" / "s0")[name]), name
+
+
+def test_masters_in_two_halves_resume_bit_equal(recipe, tmp_path):
+    """In bf16, where one process keeps fp32 masters as bf16 parameters and the bits that those lack."""
+    options = ["run.compute=bf16", "checkpoint.every=2", "checkpoint.keep=100"]
+    out = run_here(recipe, *options)
+    expected, final = rows(out), weights(out / "export" / "s0")
+    for path in (out / "checkpoints").iterdir():
+        if path.name > "step-00000002":
+            shutil.rmtree(path)
+    shutil.rmtree(out / "export")
+    run_here(recipe, *options)
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in rows(out)] == [
+        (r["step"], r["loss"], r["grad_norm"]) for r in expected
+    ]
+    assert all(torch.equal(w, final[name]) for name, w in weights(out / "export" / "s0").items())
 
 
 def test_resume_at_another_world_size_sees_the_same_data(recipe, tmp_path):

@@ -43,6 +43,18 @@ def test_swiglu(dtype: torch.dtype) -> None:
     check(pointwise.swiglu, lambda g, u: F.silu(g) * u, gate, normal(34, 70, seed=1).to(dtype))
 
 
+def test_swiglu_keeps_its_inputs_alone() -> None:
+    """Where torch's operations compute it (here in float64), as where the compiled kernel does."""
+    gate, up = normal(5, 8).double(), normal(5, 8, seed=1).double()
+    ours, theirs = (with_gradients(f, gate, up) for f in (pointwise.swiglu, lambda g, u: F.silu(g) * u))
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pointwise.swiglu(gate.requires_grad_(), up.requires_grad_())
+    assert {t.data_ptr() for t in saved} == {gate.data_ptr(), up.data_ptr()}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotate(dtype: torch.dtype) -> None:
     angle = 10 * normal(21, 1, 24, seed=1)
@@ -78,8 +90,9 @@ def test_threads_leave_no_trace() -> None:
         assert torch.equal(one, three)
 
 
-def test_sum_of_squares_does_not_round_in_fp32() -> None:
-    x = normal(100_003)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_squares_does_not_round_in_fp32(dtype: torch.dtype) -> None:
+    x = normal(100_003).to(dtype)
     x[0] = 1e4
     assert pointwise.sum_of_squares(x) == pytest.approx(x.double().square().sum().item(), rel=1e-13)
     assert pointwise.sum_of_squares(x[:0]) == 0.0
