@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from bench.ablations.arms import SWEEP, TABLES, runs
+from bench.ablations.arms import SWEEP, runs
 from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_noisy_teacher, make_starts, write_data
 from bench.ablations.results import begin, collect
 from bench.ablations.runs import ask_teacher, measure
@@ -49,10 +49,10 @@ def wait(work: list[Future[Any]]) -> None:
 
 def print_plan(regimes: tuple[Regime, ...], size: Size) -> None:
     for regime in regimes:
-        own, sweep = len(runs(TABLES)), len(runs((SWEEP,))) * (len(regime.steps) - 1)
+        own, sweep = len(runs(regime.tables)), len(runs((SWEEP,))) * (len(regime.steps) - 1)
         print(f"{regime.name}: {regime.about}")
         print(f"  {size.seeds} seeds of {own} runs" + f" and {sweep} of the sweep" * bool(sweep)
-              + f"; {size.rows} rows a stage, two sets of {size.problems} problems")  # fmt: skip
+              + f"; {size.of(regime.rows)} rows a stage, two sets of {size.problems} problems")  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The world of the ablations, and its regimes: one teacher each, and students that have come more or less far.
 
-    OUT/data/      questions.jsonl (for the teacher), A.jsonl, B.jsonl (problems), student.jsonl (what is learnt first)
+    OUT/data/      REGIME.jsonl (questions), A.jsonl, B.jsonl (problems), student.jsonl (what is learnt first)
     OUT/starts/    sSEED: a student's first training; sSEED-STEP: the student at that step of it
     OUT/noisy/     the noisy teacher
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from bench.ablations.arms import TABLES, Table
 from dasd_engine import distributed
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
@@ -39,13 +40,14 @@ class Size:
     """What --quick makes smaller."""
 
     seeds: int = 5
-    questions: int = 1000
-    rows: int = 300  # of a stage
     problems: int = 100  # of each set
-    corpus: int = 20_000  # of what students learn first
+    share: float = 1.0  # of questions, of rows, and of what students learn first
+
+    def of(self, count: int) -> int:
+        return round(self.share * count)
 
 
-QUICK = Size(seeds=2, questions=100, rows=30, problems=16, corpus=1500)
+QUICK = Size(seeds=2, problems=16, share=0.1)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Regime:
     about: str
     steps: tuple[int, ...]
     noisy: bool = False  # its teacher's logits are divided by NOISE
+    questions: int = 1000
+    rows: int = 300  # of a stage
+    epochs: int = 5
+    lr: float = 2e-3
+    tables: tuple[Table, ...] = TABLES
 
     def teacher(self, out: Path) -> Path:
         return (out / "noisy" if self.noisy else QUICKSTART) / "teacher"
@@ -66,15 +73,21 @@ class Regime:
             f"seed={seed}",
             f"model.path={start(out, seed, step or self.steps[0]).resolve()}",
             f"teacher.path={self.teacher(out).resolve()}",
+            f"train.epochs={self.epochs}",
+            f"train.lr={self.lr}",
         ])  # fmt: skip
-        questions = str((out / "data" / "questions.jsonl").resolve())
+        questions = str((out / "data" / f"{self.name}.jsonl").resolve())
         return replace(recipe, sample=replace(recipe.sample, questions=(questions,)))
 
 
 REGIMES = (
     Regime("clean", "a teacher right in nine of ten at T = 1, students whose own way fails", (4000, 1000, 6000, 8000)),
     Regime("noisy", "a teacher that slips at T = 1, students whose own way mostly suffices", (8000, 4000), noisy=True),
-)
+    Regime(
+        "long", "clean with 3.6 times the training", (4000,), questions=1300, rows=600, epochs=9, lr=3e-3,
+        tables=TABLES[:2],
+    ),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -138,8 +151,9 @@ def write_data(out: Path, size: Size) -> None:
     part.mkdir(parents=True)
     shipped = {name: [row for _, row in read_rows(QUICKSTART / f"{name}.jsonl")] for name in quickstart.ASKED}
     corpus = list(quickstart.student_rows(random.Random(f"{quickstart.SEED} student"), _expressions()))
-    write_rows(part / "questions.jsonl", shipped["questions"][: size.questions])
-    write_rows(part / "student.jsonl", corpus[: size.corpus])
+    for regime in REGIMES:
+        write_rows(part / f"{regime.name}.jsonl", shipped["questions"][: size.of(regime.questions)])
+    write_rows(part / "student.jsonl", corpus[: size.of(len(corpus))])
     known = {_numbers(row["input"]) for rows in (*shipped.values(), corpus) for row in rows}
     for name, steps in SETS.items():
         rng, rows = random.Random(f"ablations {name}"), list[dict[str, str]]()

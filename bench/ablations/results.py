@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, Claim, Table
+from bench.ablations.arms import CLAIMS, SWEEP, Arm, Claim, Table
 from bench.ablations.regimes import SETS, Regime, Size
 from dasd_engine.evaluation_report import RESPONSES, read_responses, shares
 from dasd_engine.paired import Array, Pair, against, compare, critical
@@ -23,7 +23,7 @@ def collect(regimes: Sequence[Regime], out: Path, size: Size) -> dict[str, Any]:
     """Everything that is committed as bench/results/ablations.json."""
     return {
         "command": "python -m bench.ablations", "commit": read_json(out / BEGAN)["commit"], "seeds": size.seeds,
-        "problems": size.problems, "rows": size.rows,
+        "problems": size.problems,
         "regimes": {regime.name: Measured(regime, out, size).result() for regime in regimes},
     }  # fmt: skip
 
@@ -45,18 +45,19 @@ class Measured:
 
     def __init__(self, regime: Regime, out: Path, size: Size):
         self.regime, self.here, self.size = regime, out / regime.name, size
+        self.claims = [claim for claim in CLAIMS if claim.table in {table.name for table in regime.tables}]
         self.ids = {
             name: [row["uuid"] for _, row in read_rows(out / "data" / f"{name}.jsonl")] for name in SETS
         }
 
     def result(self) -> dict[str, Any]:
-        families = {table.name: self.family(table) for table in TABLES}
+        families = {table.name: self.family(table) for table in self.regime.tables}
         for step in self.regime.steps[1:]:
             families[f"sweep-{step}"] = self.family(SWEEP, step)
         return {
-            "about": self.regime.about, "rows": self.size.rows,
+            "about": self.regime.about, "rows": self.size.of(self.regime.rows),
             "base": {name: self.base(name) for name in SETS}, "starts": self.starts(), "families": families,
-            "claims": [self.claim(claim) for claim in CLAIMS], "sweep": self.sweep(),
+            "claims": [self.claim(claim) for claim in self.claims], "sweep": self.sweep(),
             "teacher": self.teacher(), "mixed_rows": self.mixed_rows(), "seconds": self.seconds(),
         }  # fmt: skip
 
@@ -99,7 +100,7 @@ class Measured:
         sets = {}
         for name in SETS:
             right_ASQ = self.right_ASQ(table, name, step)
-            pairs = against(compare(names, right_ASQ, len(TABLES)), table.reference)
+            pairs = against(compare(names, right_ASQ, len(self.regime.tables)), table.reference)
             sets[name] = {
                 "base": self.base(name, step),
                 "pass_at_1": dict(zip(names, right_ASQ.mean((1, 2)).tolist(), strict=True)),
@@ -116,8 +117,8 @@ class Measured:
         return against(compare(names, self.right_ASQ(table, name, step)), a)[b]
 
     def claim(self, claim: Claim) -> dict[str, Any]:
-        table = next(table for table in TABLES if table.name == claim.table)
-        found = {name: narrowed(self.pair(table, claim.a, claim.b, name), len(CLAIMS)) for name in SETS}
+        table = next(table for table in self.regime.tables if table.name == claim.table)
+        found = {name: narrowed(self.pair(table, claim.a, claim.b, name), len(self.claims)) for name in SETS}
         (low, high), (low_b, high_b) = (found[name]["interval"] for name in SETS)
         verdict = "agrees" if low > 0 else "reversed" if high < 0 else "cannot tell"
         on_b = (low > 0 and low_b > 0) or (high < 0 and high_b < 0)
@@ -143,7 +144,8 @@ class Measured:
 
     def teacher(self) -> dict[str, float]:
         """Its share of right answers by temperature, from the candidates."""
-        answers = {q.id: q.answer for q in read_questions([str(self.here.parent / "data" / "questions.jsonl")])}
+        questions = read_questions([str(self.here.parent / "data" / f"{self.regime.name}.jsonl")])
+        answers = {question.id: question.answer for question in questions}
         found: dict[str, list[bool]] = {}
         for _, row in read_rows(self.here / "sample" / "candidates.jsonl", without=("token_ids", "logprobs")):
             answer, expected = final_answer(row["text"]), answers[row["id"]]
@@ -155,7 +157,7 @@ class Measured:
         """By choice of rollouts, how many mixed-policy rows each seed has."""
         found: dict[str, list[int]] = {}
         for seed in self.seeds():
-            for directory in sorted((seed / "mix").iterdir()):
+            for directory in sorted((seed / "mix").glob("*")):
                 path = directory / MANIFEST
                 found.setdefault(directory.name, []).append(read_json(path)["counts"]["mixed"] if path.exists() else 0)
         return found

@@ -14,7 +14,7 @@ from bench.ablations.results import begin, collect
 from dasd_engine.hf import load_model
 from dasd_engine.records import read_rows, write_json, write_rows
 
-SIZE = Size(seeds=3, questions=20, rows=10, problems=40, corpus=400)
+SIZE = Size(seeds=3, problems=40, share=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- the plan
@@ -63,12 +63,12 @@ def test_no_problem_of_a_set_is_learnt_or_asked(world):
 
     a, b = map(numbers, SETS)
     assert len(set(a)) == len(set(b)) == SIZE.problems and not set(a) & set(b)
-    assert not (set(a) | set(b)) & {*numbers("questions"), *numbers("student")}
+    assert not (set(a) | set(b)) & {*numbers("long"), *numbers("student")}
     assert all(said.count(" ") == 3 for said in b)  # a number and three to add to it or take from it
 
 
 def test_the_noisy_teacher_is_the_shipped_one_at_a_higher_temperature(world):
-    clean, noisy = (load_model(regime.teacher(world), dtype=torch.float64) for regime in REGIMES)
+    clean, noisy = (load_model(regime.teacher(world), dtype=torch.float64) for regime in REGIMES[:2])
     tokens, one = torch.randint(5, 200, (40,), generator=torch.manual_seed(0)), torch.tensor([0, 40])
     with torch.no_grad():
         logits, divided = (m(tokens, torch.arange(40), one.int(), 40) @ m.head_weight.T for m in (clean, noisy))

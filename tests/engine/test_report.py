@@ -269,7 +269,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VISITOR = """
 const done = (v) => (document.title = JSON.stringify(v));
 const key = (node, key) => node.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-addEventListener("load", () => setTimeout(() => {
+const drawn = () => document.querySelector("#training .u-legend .u-value");
+const whenDrawn = (then) => (drawn() ? then() : setTimeout(whenDrawn, 50, then));
+addEventListener("load", () => whenDrawn(() => {
   const reader = document.querySelector("#reader"), tip = document.getElementById("tip");
   const first = reader.querySelector("mark[tabindex='0']");
   first.focus();
@@ -286,13 +288,13 @@ addEventListener("load", () => setTimeout(() => {
   const mixed = { began: began.textContent, said: tip.textContent, went };
   const plot = document.querySelector("#training [role=img]");
   key(plot, "End");
-  const drawn = [...document.querySelectorAll("canvas")].map((c) => c.width * c.height > 0);
-  done({ said, second, where, mixed, drawn,
+  const canvases = [...document.querySelectorAll("canvas")].map((c) => c.width * c.height > 0);
+  done({ said, second, where, mixed, drawn: canvases,
     legend: plot.querySelector(".u-legend .u-value").textContent,
     figures: document.querySelectorAll(".charts figure").length,
     forests: [...document.querySelectorAll("figure .forest")].map((f) => f.getBoundingClientRect().width),
     wide: document.documentElement.scrollWidth <= innerWidth, hacked: "hacked" in window });
-}, 500));
+}));
 """
 
 
