@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import write_recipe, write_student
 
 from dasd_engine import distributed, memory
 from dasd_engine.config import RunOptions, load_recipe
@@ -14,7 +15,6 @@ from dasd_engine.memory import Setting, estimate
 from dasd_engine.model import Block, Decoder, PackContext, documents
 from dasd_engine.model_config import read_config
 from dasd_engine.recompute import checkpoint_activations
-from runs import write_recipe, write_student
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16, "vocab_size": 512, "num_hidden_layers": 8}
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from runs import rows, run, run_here, run_with, weights, write_recipe, write_shards, write_student
 
 from dasd_engine.errors import InputError
-from runs import rows, run, run_here, run_with, weights, write_recipe, write_shards, write_student
 
 
 @pytest.fixture
