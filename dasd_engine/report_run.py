@@ -276,7 +276,6 @@ def _ablations(path: Path) -> Run:
         run.facts = {name: regime["about"] for name, regime in results["regimes"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{path}: holds no results of python -m bench.ablations; name those, or a run") from None
-    run.facts |= {"source": results["commit"]} if results.get("commit") else {}
     return run
 
 

@@ -35,11 +35,15 @@ def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=keep_freed_memory) as pool:
         # Whoever asks the teacher has a recipe, and so a student.
-        wait([pool.submit(make_starts, out, seed) for seed in range(size.seeds)])
+        students = sorted({seed for regime in regimes for seed in regime.students(size)})
+        wait([pool.submit(make_starts, out, seed) for seed in students])
         wait([pool.submit(ask_teacher, regime, out) for regime in regimes])
         work = [(regime, step) for regime in regimes for step in (0, *regime.steps[1:])]
         work.sort(key=lambda item: item[1] > 0)  # the sweep comes last
-        wait([pool.submit(measure, regime, out, s, step, size) for regime, step in work for s in range(size.seeds)])
+        wait([
+            pool.submit(measure, regime, out, seed, step, size)
+            for regime, step in work for seed in regime.students(size)
+        ])  # fmt: skip
 
 
 def wait(work: list[Future[Any]]) -> None:
@@ -51,7 +55,7 @@ def print_plan(regimes: tuple[Regime, ...], size: Size) -> None:
     for regime in regimes:
         own, sweep = len(runs(regime.tables)), len(runs((SWEEP,))) * (len(regime.steps) - 1)
         print(f"{regime.name}: {regime.about}")
-        print(f"  {size.seeds} seeds of {own} runs" + f" and {sweep} of the sweep" * bool(sweep)
+        print(f"  {len(regime.students(size))} seeds of {own} runs" + f" and {sweep} of the sweep" * bool(sweep)
               + f"; {size.of(regime.rows)} rows a stage, two sets of {size.problems} problems")  # fmt: skip
 
 
@@ -78,7 +82,7 @@ def main() -> None:
         return
     out = args.out or Path("runs/ablations-quick" if args.quick else "runs/ablations")
     began = time.monotonic()
-    begin(out)
+    begin(regimes, out)
     everything(regimes, out, size, args.workers)
     found = collect(regimes, out, size)
     write_json(out / "ablations.json", found)

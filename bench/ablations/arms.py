@@ -1,7 +1,7 @@
 """The arms of the ablations and the tables they stand in, as data: docs/ablations-plan.md in Python."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dasd_engine.bakeoff_arms import HIGH, LOW, Choice
 
@@ -89,6 +89,11 @@ TABLES = (
         Arm("less_schedule", _DAS["high2"], "unmasked"), Arm("less_mix", _DAS["low_high"]),
     )),
 )  # fmt: skip
+
+
+def only(table: Table, *names: str) -> Table:
+    return replace(table, arms=tuple(arm for arm in table.arms if arm.name in names))
+
 
 SWEEP = Table("sweep", "Starts after more or less training", "random", tuple(
     [arm for arm in _rules(LOW) if arm.name in ("random", "teacher_count", "min_count")]

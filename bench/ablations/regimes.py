@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from bench.ablations.arms import TABLES, Table
+from bench.ablations.arms import TABLES, Table, only
 from dasd_engine import distributed
 from dasd_engine.config import load_recipe
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
@@ -39,7 +39,7 @@ NOISE = 1.4  # the noisy teacher's T = 1 is the quickstart teacher's T = 1.4
 class Size:
     """What --quick makes smaller."""
 
-    seeds: int = 5
+    seeds: int = 10  # of a regime, at most
     problems: int = 100  # of each set
     share: float = 1.0  # of questions, of rows, and of what students learn first
 
@@ -62,7 +62,11 @@ class Regime:
     rows: int = 300  # of a stage
     epochs: int = 5
     lr: float = 2e-3
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tables: tuple[Table, ...] = TABLES
+
+    def students(self, size: Size) -> tuple[int, ...]:
+        return self.seeds[: size.seeds]
 
     def teacher(self, out: Path) -> Path:
         return (out / "noisy" if self.noisy else QUICKSTART) / "teacher"
@@ -87,6 +91,13 @@ REGIMES = (
         "long", "clean with 3.6 times the training", (4000,), questions=1300, rows=600, epochs=9, lr=3e-3,
         tables=TABLES[:2],
     ),
+    Regime(
+        "again", "long with ten other students", (4000,), questions=1300, rows=600, epochs=9, lr=3e-3,
+        seeds=tuple(range(5, 15)), tables=(
+            only(TABLES[0], "low", "high2", "low_high", "high_low", "shuffled"),
+            only(TABLES[1], "random", "teacher_count", "longest", "min_count"),
+        ),
+    ),
 )  # fmt: skip
 
 
@@ -99,7 +110,7 @@ def start(out: Path, seed: int, step: int) -> Path:
 
 def make_starts(out: Path, seed: int) -> None:
     """A student's first training, recipes/student.toml, and what it is on the way; the seed is of weights and order."""
-    steps = {step for regime in REGIMES for step in regime.steps}
+    steps = {step for regime in REGIMES if seed in regime.seeds for step in regime.steps}
     missing = [step for step in steps if not (start(out, seed, step) / "config.json").exists()]
     if not missing:
         return

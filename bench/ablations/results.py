@@ -22,17 +22,16 @@ BEGAN = "began.json"
 def collect(regimes: Sequence[Regime], out: Path, size: Size) -> dict[str, Any]:
     """Everything that is committed as bench/results/ablations.json."""
     return {
-        "command": "python -m bench.ablations", "commit": read_json(out / BEGAN)["commit"], "seeds": size.seeds,
-        "problems": size.problems,
+        "command": "python -m bench.ablations", "problems": size.problems,
         "regimes": {regime.name: Measured(regime, out, size).result() for regime in regimes},
     }  # fmt: skip
 
 
-def begin(out: Path) -> None:
-    """Writes down what is about to run; a later start of the same does not change it."""
-    if not (out / BEGAN).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / BEGAN, {"commit": commit()})
+def begin(regimes: Sequence[Regime], out: Path) -> None:
+    """Writes down the commit of what is about to run; a later start of the same does not change it."""
+    out.mkdir(parents=True, exist_ok=True)
+    began = read_json(out / BEGAN) if (out / BEGAN).exists() else {}
+    write_json(out / BEGAN, {regime.name: commit() for regime in regimes} | began)
 
 
 def commit() -> str:
@@ -45,7 +44,8 @@ class Measured:
 
     def __init__(self, regime: Regime, out: Path, size: Size):
         self.regime, self.here, self.size = regime, out / regime.name, size
-        self.claims = [claim for claim in CLAIMS if claim.table in {table.name for table in regime.tables}]
+        there = {(table.name, arm.name) for table in regime.tables for arm in table.arms}
+        self.claims = [claim for claim in CLAIMS if {(claim.table, claim.a), (claim.table, claim.b)} <= there]
         self.ids = {
             name: [row["uuid"] for _, row in read_rows(out / "data" / f"{name}.jsonl")] for name in SETS
         }
@@ -55,7 +55,8 @@ class Measured:
         for step in self.regime.steps[1:]:
             families[f"sweep-{step}"] = self.family(SWEEP, step)
         return {
-            "about": self.regime.about, "rows": self.size.of(self.regime.rows),
+            "about": self.regime.about, "commit": read_json(self.here.parent / BEGAN)[self.regime.name],
+            "seeds": len(self.seeds()), "rows": self.size.of(self.regime.rows),
             "base": {name: self.base(name) for name in SETS}, "starts": self.starts(), "families": families,
             "claims": [self.claim(claim) for claim in self.claims], "sweep": self.sweep(),
             "teacher": self.teacher(), "mixed_rows": self.mixed_rows(), "seconds": self.seconds(),
@@ -64,7 +65,7 @@ class Measured:
     # ------------------------------------------------------------------------------------------ what was measured
 
     def seeds(self, step: int = 0) -> list[Path]:
-        return [self.here / (f"s{seed}-{step}" if step else f"s{seed}") for seed in range(self.size.seeds)]
+        return [self.here / (f"s{seed}-{step}" if step else f"s{seed}") for seed in self.regime.students(self.size)]
 
     def right(self, directories: Sequence[Path], name: str) -> list[list[float]]:
         """Of each directory's evaluation and each problem of a set, the share of right samples."""

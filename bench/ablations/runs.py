@@ -27,7 +27,7 @@ CAPPED = 1.5  # times the teacher's length, as published
 
 
 def ask_teacher(regime: Regime, out: Path) -> None:
-    recipe = regime.distill_recipe(out, 0)
+    recipe = regime.distill_recipe(out, regime.seeds[0])
     s = recipe.sample
     sample(
         recipe.questions, recipe.teacher, out / regime.name / "sample", progress=False, candidates=s.candidates,

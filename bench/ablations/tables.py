@@ -4,16 +4,16 @@ from typing import Any
 
 
 def print_tables(found: dict[str, Any]) -> None:
-    print(f"{found['seeds']} seeds, two sets of {found['problems']} problems, "
-          f"two samples each at T = 1; commit {found['commit']}")  # fmt: skip
+    print(f"Two sets of {found['problems']} problems, two samples each at T = 1")
     for name, regime in found["regimes"].items():
         base = "; ".join(
             f"{percent(share)} on {which} ({', '.join(f'{100 * one:.0f}' for one in regime['starts'][which])})"
             for which, share in regime["base"].items()
         )
         teacher = ", ".join(f"{percent(share)} at T = {t}" for t, share in regime["teacher"].items())
-        print(f"\n## {name}: {regime['about']}\n{regime['rows']} rows a stage. Students before, by seed: {base}. "
-              f"The teacher's candidates right: {teacher}.\n")  # fmt: skip
+        print(f"\n## {name}: {regime['about']}\n")
+        print(f"{regime['seeds']} seeds, {regime['rows']} rows a stage; commit {regime['commit']}. "
+              f"Students before, by seed: {base}. The teacher's candidates right: {teacher}.\n")  # fmt: skip
         _claims(regime["claims"])
         for family in regime["families"].values():
             _family(family)

@@ -9,7 +9,7 @@ import torch
 
 from bench.ablations.__main__ import main
 from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, runs
-from bench.ablations.regimes import NOISE, REGIMES, SETS, Size, make_noisy_teacher, write_data
+from bench.ablations.regimes import NOISE, REGIMES, SETS, Regime, Size, make_noisy_teacher, write_data
 from bench.ablations.results import begin, collect
 from dasd_engine.hf import load_model
 from dasd_engine.records import read_rows, write_json, write_rows
@@ -110,8 +110,8 @@ def judged(world, tmp_path):
         (tmp_path / "data").symlink_to(world / "data")
         write_runs(tmp_path, share)
         change(tmp_path)
-        begin(tmp_path)
-        one_level = REGIMES[1].__class__("noisy", "a test's", REGIMES[1].steps[:1], noisy=True)
+        one_level = Regime("noisy", "a test's", (8000,), noisy=True)
+        begin([one_level], tmp_path)
         return collect([one_level], tmp_path, SIZE)["regimes"]["noisy"]
 
     return judge
@@ -146,7 +146,7 @@ def test_a_run_that_could_not_be_made_is_the_one_it_starts_from(judged):
 
 def test_the_tables_are_printed_from_the_results(judged, tmp_path, monkeypatch, capsys):
     found = judged({})
-    results = {"regimes": {"noisy": found}, "seeds": 3, "problems": 40, "commit": "abc"}
+    results = {"regimes": {"noisy": found}, "problems": 40}
     (tmp_path / "results.json").write_text(json.dumps(results))
     monkeypatch.setattr("sys.argv", ["ablations", "--print", "--results", str(tmp_path / "results.json")])
     main()
