@@ -3,6 +3,7 @@
 For the model in each DIRECTORY/source writes rank<r>.pt with what this rank saw, and with the others saved/.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def main(rank: int, world: int, directories: list[Path]) -> None:
     for directory in directories:
         visit(rank, world, directory)
     dist.destroy_process_group()
+    # DTensor's caches keep the group, and the interpreter's end may abort a thread of gloo that still holds a tensor.
+    os._exit(0)
 
 
 if __name__ == "__main__":
