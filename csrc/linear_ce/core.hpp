@@ -4,7 +4,7 @@
 //   I::Elem, I::kStep     operands: float, 1 element a multiply-add; or bf16 (uint16_t), 2
 //   I::V, I::kWidth       a register of fp32 and its lanes;  I::kRows x I::kVecs: the register tile
 //   A   rows of k contiguous elements (a head's own rows, or E's), or tiles [k / kStep][kRows][kStep]
-//   B   panels of kPanel = kVecs * kWidth lanes, [k / kStep][kPanel][kStep]
+//   B   panels of kPanel = kVecs * kWidth lanes, [k / kStep][kPanel][kStep]; of the last one only the registers in use
 //
 // An element of Z is a sum, in order, of chains of kDepth multiply-adds (shorter chains round less), whatever its place in
 // a tile and whatever else is computed: results depend on a row's and a column's own data only.
@@ -122,54 +122,63 @@ constexpr int64_t kPanel = I::kWidth * I::kVecs;
 template <class I>
 constexpr int64_t kDepth = 1024 / static_cast<int64_t>(sizeof(typename I::Elem));  // k of a pass: a panel fits the L1
 
-template <class I, int R, bool Packed>
+template <class I, int R, bool Packed, int Vecs>
 void tile(const typename I::Elem* a, int64_t lda, const typename I::Elem* b, int64_t steps, float* c, int64_t ldc,
           bool add) {
-  typename I::V acc[R][I::kVecs];
+  typename I::V acc[R][Vecs];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < I::kVecs; ++j) acc[i][j] = I::set(0.f);
+    for (int j = 0; j < Vecs; ++j) acc[i][j] = I::set(0.f);
   for (int64_t s = 0; s < steps; ++s) {
-    typename I::B bv[I::kVecs];
+    typename I::B bv[Vecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < I::kVecs; ++j) bv[j] = I::load_b(b + (s * kPanel<I> + j * I::kWidth) * I::kStep);
+    for (int j = 0; j < Vecs; ++j) bv[j] = I::load_b(b + (s * kPanel<I> + j * I::kWidth) * I::kStep);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const typename I::B av = I::broadcast(Packed ? a + (s * I::kRows + i) * I::kStep : a + i * lda + s * I::kStep);
 #pragma GCC unroll 4
-      for (int j = 0; j < I::kVecs; ++j) acc[i][j] = I::multiply_add(av, bv[j], acc[i][j]);
+      for (int j = 0; j < Vecs; ++j) acc[i][j] = I::multiply_add(av, bv[j], acc[i][j]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < I::kVecs; ++j) {
+    for (int j = 0; j < Vecs; ++j) {
       float* to = c + i * ldc + j * I::kWidth;
       I::store(to, add ? I::add(I::load(to), acc[i][j]) : acc[i][j]);
     }
 }
 
-template <class I, bool Packed, int R = I::kRows>
+template <class I, bool Packed, int Vecs, int R = I::kRows>
 inline void tile_rows(int64_t rows, const typename I::Elem* a, int64_t lda, const typename I::Elem* b, int64_t steps,
                       float* c, int64_t ldc, bool add) {
-  if (rows >= R) return tile<I, R, Packed>(a, lda, b, steps, c, ldc, add);
-  if constexpr (R > 1) tile_rows<I, Packed, R - 1>(rows, a, lda, b, steps, c, ldc, add);
+  if (rows >= R) return tile<I, R, Packed, Vecs>(a, lda, b, steps, c, ldc, add);
+  if constexpr (R > 1) tile_rows<I, Packed, Vecs, R - 1>(rows, a, lda, b, steps, c, ldc, add);
 }
 
-// z[rows, panels * kPanel] (+)= A · B over k, which is a multiple of kStep. Packed tiles of A are `lda` elements apart.
+// `vecs` registers of one panel, for all rows.
+template <class I, bool Packed, int Vecs = I::kVecs>
+inline void strip(int64_t vecs, const typename I::Elem* a, int64_t lda, int64_t rows, const typename I::Elem* b,
+                  int64_t steps, float* z, int64_t ldz, bool add) {
+  if (vecs >= Vecs) {
+    for (int64_t r = 0; r < rows; r += I::kRows)
+      tile_rows<I, Packed, Vecs>(rows - r, a + (Packed ? r / I::kRows : r) * lda, lda, b, steps, z + r * ldz, ldz, add);
+  } else if constexpr (Vecs > 1) {
+    strip<I, Packed, Vecs - 1>(vecs, a, lda, rows, b, steps, z, ldz, add);
+  }
+}
+
+// z[rows, columns] (+)= A · B over k, which is a multiple of kStep; columns count in whole registers. Packed tiles of A are
+// `lda` elements apart.
 template <class I, bool Packed>
 void block(const typename I::Elem* a, int64_t lda, int64_t rows, const typename I::Elem* b, int64_t panel_stride,
-           int64_t panels, int64_t k, float* z, int64_t ldz, bool add = false) {
-  for (int64_t k0 = 0; k0 < k; k0 += kDepth<I>) {
-    const int64_t steps = least(kDepth<I>, k - k0) / I::kStep;
-    for (int64_t p = 0; p < panels; ++p) {
-      for (int64_t r = 0; r < rows; r += I::kRows) {
-        const typename I::Elem* at = Packed ? a + r / I::kRows * lda + k0 * I::kRows : a + r * lda + k0;
-        tile_rows<I, Packed>(rows - r, at, lda, b + p * panel_stride + k0 * kPanel<I>, steps, z + r * ldz + p * kPanel<I>,
-                             ldz, add || k0 > 0);
-      }
-    }
+           int64_t columns, int64_t k, float* z, int64_t ldz, bool add = false, int64_t chain = kDepth<I>) {
+  for (int64_t k0 = 0; k0 < k; k0 += chain) {
+    const int64_t steps = least(chain, k - k0) / I::kStep;
+    for (int64_t c = 0; c < columns; c += kPanel<I>)
+      strip<I, Packed>((columns - c + I::kWidth - 1) / I::kWidth, a + k0 * (Packed ? I::kRows : 1), lda, rows,
+                       b + c / kPanel<I> * panel_stride + k0 * kPanel<I>, steps, z + c, ldz, add || k0 > 0);
   }
 }
 

@@ -24,8 +24,12 @@ constexpr double kLn2 = 0.693147180559945309;
 
 inline int64_t part_rows(int64_t vocab) { return vocab >= 8192 ? 8 * kBlockRows : 2 * kBlockRows; }
 
+// Tokens of a block, in whole panels: some 576 at most, and no narrow rest.
 template <class I>
-int64_t block_panels(int64_t tokens) { return least(tokens / kPanel<I>, 512 / kPanel<I>); }
+int64_t block_tokens(int64_t count) {
+  const int64_t panels = round_up(count, kPanel<I>) / kPanel<I>, most = 576 / kPanel<I>, blocks = (panels + most - 1) / most;
+  return (panels + blocks - 1) / blocks * kPanel<I>;
+}
 
 // Rows of the head as operands: in place where they can be used as they lie, else converted into `scratch`.
 template <class I>
@@ -80,7 +84,7 @@ void prepare(const Head& h, const Rows& rows, const Lanes& lanes, typename I::El
       Elem* panel = x + t * depth;
       pack_lanes<I>(rows.x, rows.dtype, h.width, t, n, panel);
       for (int64_t l = 0; l < n; ++l) gather_row<I>(h, rows.labels[t + l], a.data + l * depth);
-      block<I, false>(a.data, depth, n, panel, 0, 1, depth, z.data, P);
+      block<I, false>(a.data, depth, n, panel, 0, P, depth, z.data, P);
       for (int64_t l = 0; l < P; ++l) {
         lanes.scale[t + l] = l < n ? kLog2E * rows.inverse_temperature[t + l] : 0.f;
         lanes.logit[t + l] = l < n ? z.data[l * P + l] + (h.bias ? h.bias[rows.labels[t + l]] : 0.f) : 0.f;
@@ -91,7 +95,7 @@ void prepare(const Head& h, const Rows& rows, const Lanes& lanes, typename I::El
         I::store(lanes.logit + t + l, u);
         I::store(lanes.pivot + t + l, I::max(I::set(-1e30f), I::mul(u, I::load(lanes.scale + t + l))));
       }
-      block<I, false>(sampled.data, depth, sample, panel, 0, 1, depth, z.data, P);
+      block<I, false>(sampled.data, depth, sample, panel, 0, P, depth, z.data, P);
       maxima<I>(z.data, P, sample, P, t, sampled_bias.data, h.softcap, lanes, lanes.pivot);
       for (int64_t l = n; l < P; ++l) lanes.pivot[t + l] = HUGE_VALF;  // E of the padding is 0
     }
@@ -102,11 +106,12 @@ void prepare(const Head& h, const Rows& rows, const Lanes& lanes, typename I::El
 // Every logit once: f(z, ldz, rows, columns, v, t, part) for blocks that cover all parts of the vocabulary and all tokens;
 // begin(part, t, columns) before the first block of a part.
 template <class I, class Begin, class F>
-void sweep(const Head& h, const typename I::Elem* x, int64_t tokens, int threads, Begin begin, F f) {
+void sweep(const Head& h, const typename I::Elem* x, int64_t count, int threads, Begin begin, F f) {
   using Elem = typename I::Elem;
   constexpr int64_t P = kPanel<I>;
   const int64_t depth = round_up(h.width, I::kStep), part = part_rows(h.vocab), parts = (h.vocab + part - 1) / part;
-  const int64_t wide = block_panels<I>(tokens) * P, blocks = (tokens + wide - 1) / wide, ldz = wide + 16;
+  const int64_t tokens = round_up(count, I::kWidth), wide = block_tokens<I>(count);
+  const int64_t blocks = (tokens + wide - 1) / wide, ldz = wide + 16;
 #pragma omp parallel num_threads(threads)
   {
     Buffer<Elem> a(kBlockRows * depth);
@@ -119,7 +124,7 @@ void sweep(const Head& h, const typename I::Elem* x, int64_t tokens, int threads
         const int64_t rows = least(kBlockRows, least(h.vocab, (p + 1) * part) - v);
         int64_t ld;
         const Elem* w = head_rows<I>(h, v, rows, a.data, &ld);
-        block<I, false>(w, ld, rows, x + t * depth, P * depth, columns / P, depth, z.data, ldz);
+        block<I, false>(w, ld, rows, x + t * depth, P * depth, columns, depth, z.data, ldz);
         f(z.data, ldz, rows, columns, v, t, p);
       }
     }
@@ -128,15 +133,15 @@ void sweep(const Head& h, const typename I::Elem* x, int64_t tokens, int threads
 
 // The sums of all rows, [parts, tokens] each, and E where a State is given.
 template <class I>
-void sum_exponentials(const Head& h, const typename I::Elem* x, int64_t tokens, const Lanes& lanes, const Partial& all,
-                      typename I::Elem* e, int64_t lde, int threads) {
+void sum_exponentials(const Head& h, const typename I::Elem* x, int64_t count, int64_t tokens, const Lanes& lanes,
+                      const Partial& all, typename I::Elem* e, int64_t lde, int threads) {
   const bool plain = !h.bias && h.softcap == 0.f && !all.weighted && !all.above;
   const auto at = [&](int64_t p) {
     return Partial{all.sum + p * tokens, all.weighted ? all.weighted + p * tokens : nullptr,
                    all.above ? all.above + p * tokens : nullptr};
   };
   sweep<I>(
-      h, x, tokens, threads,
+      h, x, count, threads,
       [&](int64_t p, int64_t t, int64_t columns) {
         const Partial out = at(p);
         float* const each[] = {out.sum, out.weighted, out.above};
@@ -163,7 +168,7 @@ bool repair_pivots(const Head& h, const typename I::Elem* x, int64_t count, int6
   if (!any) return false;
   Buffer<float> top(parts * tokens);
   sweep<I>(
-      h, x, tokens, threads,
+      h, x, count, threads,
       [&](int64_t p, int64_t t, int64_t columns) {
         for (int64_t c = 0; c < columns; ++c) top.data[p * tokens + t + c] = -HUGE_VALF;
       },

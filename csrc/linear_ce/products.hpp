@@ -8,8 +8,9 @@ namespace {
 constexpr int64_t kPassRows = 256;  // entries of the vocabulary in one pass of dX: a panel of W by these lies in the L1
 
 template <class I>
-int64_t row_stride_of_e(int64_t count) {  // never a power of two: rows of a block must not share cache sets
-  return round_up(count, kPanel<I>) + 64 / static_cast<int64_t>(sizeof(typename I::Elem));
+int64_t row_stride_of_e(int64_t count) {  // an odd number of cache lines: rows of a block must not share cache sets
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename I::Elem));
+  return ((count + kLine - 1) / kLine | 1) * kLine;
 }
 
 // Tiles of A = E for `rows` tokens from t, over n entries from v: [rows / kRows][n / kStep][kRows][kStep].
@@ -36,34 +37,34 @@ template <class I>
 void hidden_gradient(const Head& h, const Rows& rows, const State& state, int64_t lde, int threads) {
   using Elem = typename I::Elem;
   constexpr int64_t P = kPanel<I>;
-  const int64_t panels = round_up(h.width, P) / P, ld = panels * P;
+  const int64_t panels = round_up(h.width, P) / P, ld = panels * P, registers = round_up(h.width, I::kWidth) / I::kWidth;
   int64_t across = 1;  // pieces side by side; the rest of the threads share the tokens
   for (int64_t n = 1; n <= threads; ++n)
     if (threads % n == 0 && panels / n >= 8) across = n;
   const int64_t down = threads / across, block_count = (rows.count + kBlockRows - 1) / kBlockRows;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t piece = 0; piece < across * down; ++piece) {
-    const int64_t p0 = piece % across * panels / across, p1 = (piece % across + 1) * panels / across;
+    const int64_t d0 = piece % across * registers / across * I::kWidth;
+    const int64_t columns = (piece % across + 1) * registers / across * I::kWidth - d0;
     const int64_t c0 = piece / across * block_count / down * kBlockRows;
     const int64_t c1 = least(rows.count, (piece / across + 1) * block_count / down * kBlockRows);
     if (c0 >= c1) continue;
-    Buffer<Elem> a(kBlockRows * kPassRows), b((p1 - p0) * P * kPassRows);
+    Buffer<Elem> a(kBlockRows * kPassRows), b(round_up(columns, P) * kPassRows);
     for (int64_t v = 0; v < h.vocab; v += kPassRows) {
       const int64_t n = least(kPassRows, h.vocab - v), depth = round_up(n, I::kStep);
       for (int64_t k = 0; k < depth; k += I::kStep) {
-        for (int64_t p = p0; p < p1; ++p) {
+        for (int64_t d = 0; d < columns; d += P) {
           Elem step[I::kStep][P];
           for (int q = 0; q < I::kStep; ++q)
-            convert_panel<I>(h.weight, h.dtype, least(v + k + q, h.vocab - 1) * h.row_stride + p * P * h.col_stride,
-                             h.col_stride, k + q < n ? h.width - p * P : 0, step[q]);
-          pack_step<I>(step, b.data + (p - p0) * P * depth + k * P);
+            convert_panel<I>(h.weight, h.dtype, least(v + k + q, h.vocab - 1) * h.row_stride + (d0 + d) * h.col_stride,
+                             h.col_stride, k + q < n ? h.width - d0 - d : 0, step[q]);
+          pack_step<I>(step, b.data + d * depth + k * P);
         }
       }
       for (int64_t c = c0; c < c1; c += kBlockRows) {
         const int64_t count = least(kBlockRows, c1 - c);
         pack_e<I>(static_cast<const Elem*>(state.e), lde, v, n, c, count, a.data);
-        block<I, true>(a.data, I::kRows * depth, count, b.data, P * depth, p1 - p0, depth, state.dx + c * ld + p0 * P, ld,
-                       v > 0);
+        block<I, true>(a.data, I::kRows * depth, count, b.data, P * depth, columns, depth, state.dx + c * ld + d0, ld, v > 0);
       }
     }
     for (int64_t c = c0; c < c1; ++c) {
@@ -71,10 +72,10 @@ void hidden_gradient(const Head& h, const Rows& rows, const State& state, int64_
       const float factor = state.factor[c], rest = state.hit[c] - state.hit_saved[c];
       if (sizeof(Elem) == 2) {  // what bf16 took from the label's entry
         const int64_t row = rows.labels[c] * h.row_stride;
-        for (int64_t d = p0 * P; d < least(p1 * P, h.width); ++d)
+        for (int64_t d = d0; d < least(d0 + columns, h.width); ++d)
           out[d] += rest * load_float(h.weight, h.dtype, row + d * h.col_stride);
       }
-      for (int64_t d = p0 * P; d < p1 * P; ++d) out[d] *= factor;
+      for (int64_t d = d0; d < d0 + columns; ++d) out[d] *= factor;
     }
   }
 }
@@ -117,9 +118,9 @@ void forward(const Head& h, const Rows& rows, const Scores& out, const State* st
   const Partial sums{at, out.entropy ? at + parts * tokens : nullptr, out.rank ? at + 2 * parts * tokens : nullptr};
   Elem* e = state ? static_cast<Elem*>(state->e) : nullptr;
   prepare<I>(h, rows, lanes, x, threads);
-  sum_exponentials<I>(h, x, tokens, lanes, sums, e, lde, threads);
+  sum_exponentials<I>(h, x, rows.count, tokens, lanes, sums, e, lde, threads);
   if (repair_pivots<I>(h, x, rows.count, tokens, lanes, sums.sum, parts, threads))
-    sum_exponentials<I>(h, x, tokens, lanes, sums, e, lde, threads);
+    sum_exponentials<I>(h, x, rows.count, tokens, lanes, sums, e, lde, threads);
   finish<I>(h, rows, out, lanes, sums, parts, tokens, state, lde, threads);
   if (!state) return;
   if (state->dx) hidden_gradient<I>(h, rows, *state, lde, threads);
@@ -177,7 +178,9 @@ void weight_gradient(const Head& h, const Rows& rows, const State& state, const 
   using Elem = typename I::Elem;
   constexpr int64_t P = kPanel<I>;
   const int64_t depth = round_up(rows.count, I::kStep), lde = row_stride_of_e<I>(rows.count);
-  const int64_t panels = round_up(h.width, P) / P, group = least(panels, 256 / P), ldz = group * P + 16;
+  const int64_t wide = least(round_up(h.width, P), 256 / P * P), ldz = wide + 16;
+  const int64_t passes = depth < kDepth<I> ? 1 : (depth + kDepth<I> / 2) / kDepth<I>;  // about equal: no short one
+  const int64_t chain = round_up((depth + passes - 1) / passes, I::kStep);
   const auto* e = static_cast<const Elem*>(state.e);
   const auto* xs = static_cast<const Elem*>(state.xs);
 #pragma omp parallel num_threads(threads)
@@ -186,10 +189,10 @@ void weight_gradient(const Head& h, const Rows& rows, const State& state, const 
 #pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < (h.vocab + kBlockRows - 1) / kBlockRows; ++task) {
       const int64_t v = task * kBlockRows, count = least(kBlockRows, h.vocab - v);
-      for (int64_t p = 0; p < panels && out.out; p += group) {
-        const int64_t wide = least(group, panels - p);
-        block<I, false>(e + v * lde, lde, count, xs + p * P * depth, P * depth, wide, depth, z.data, ldz);
-        write_block<I>(h, rows, state, out, z.data, ldz, v, count, p * P, least(wide * P, h.width - p * P));
+      for (int64_t d = 0; d < h.width && out.out; d += wide) {
+        const int64_t columns = least(wide, h.width - d);
+        block<I, false>(e + v * lde, lde, count, xs + d * depth, P * depth, columns, depth, z.data, ldz, false, chain);
+        write_block<I>(h, rows, state, out, z.data, ldz, v, count, d, columns);
       }
       for (int64_t r = 0; r < count && out.bias; ++r) {
         double sum = 0;

@@ -244,7 +244,8 @@ class State:
         factors = 64 + -(-4 * width // 64) * 64
         xs = factors + -(-12 * rows // 64) * 64
         e = xs + -(-padded(name, width) * (tokens + 1) * element // 64) * 64
-        return factors, xs, e, e + vocab * (tokens * element + 64) + 64
+        line = 64 * (-(-rows * element // 64) | 1)
+        return factors, xs, e, e + vocab * line + 64
 
     def addresses(self, dx: int) -> tuple[int, ...]:
         base, step = self.memory.data_ptr(), 4 * self.rows
