@@ -10,6 +10,7 @@
 
 import argparse
 import multiprocessing
+import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -47,8 +48,17 @@ def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int)
 
 
 def wait(work: list[Future[Any]]) -> None:
-    for done in as_completed(work):
-        done.result()
+    """For all of it. What the first task that fails has raised is raised, and what is queued is cancelled: all but the
+    one task that a pool of processes keeps ready."""
+    try:
+        for done in as_completed(work):
+            done.result()
+    except BaseException as error:
+        for task in work:
+            task.cancel()
+        said = f"{type(error).__name__}: {error}; this ends when the tasks in hand have ended"
+        print(said, file=sys.stderr, flush=True)
+        raise
 
 
 def print_plan(regimes: tuple[Regime, ...], size: Size) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.ablations.__main__ import main
+from bench.ablations.__main__ import main, wait
 from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, runs
 from bench.ablations.regimes import NOISE, REGIMES, SETS, Regime, Size, make_noisy_teacher, write_data
 from bench.ablations.results import begin, collect
@@ -39,6 +40,16 @@ def test_two_stages_never_share_a_question():
     for arm in runs(TABLES):
         blocks = [part.block for stage in arm.stages for part in stage]
         assert len(set(blocks)) == len(blocks)
+
+
+def test_behind_a_task_that_fails_nothing_is_begun(capsys):
+    failed, begun, queued = Future[None](), Future[None](), Future[None]()
+    failed.set_exception(OSError("no space left"))
+    begun.set_running_or_notify_cancel()
+    with pytest.raises(OSError, match="no space left"):
+        wait([queued, begun, failed])
+    assert queued.cancelled() and begun.running()
+    assert "OSError: no space left" in capsys.readouterr().err
 
 
 def test_the_written_plan_names_every_arm():
