@@ -46,6 +46,8 @@ struct State {
   float* hit_saved;  // [count] the same as it is stored in E
 };
 
+// `out` may lie over E, which is spent then: w bytes a row of out, e of E, E at least
+// max(0, vocab * (w - e)) + threads * block * max(w, e) behind out's start (weight_gradient writes behind what it has read).
 struct Output {  // out (+)= scale * (previous + product + everywhere)
   void* out;     // [vocab, width], contiguous
   Dtype dtype;
@@ -60,6 +62,7 @@ struct Kernels {
   const char* name;
   int element_size;    // of E and xs: 4 (fp32) or 2 (bf16)
   int64_t panel;       // tokens or columns that a register tile spans
+  int64_t block;       // rows of the head's gradient that a thread makes at a time
   bool (*supported)();
   void (*forward)(const Head&, const Rows&, const Scores&, const State*, int threads);
   void (*weight_gradient)(const Head&, const Rows&, const State&, const Output&, int threads);

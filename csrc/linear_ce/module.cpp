@@ -78,6 +78,8 @@ class Workspace {
 #else
   static inline int64_t keep = 256 << 20;
 #endif
+  bool spent = false;  // overwritten by what was made of it
+
   py::buffer_info info() const { return {static_cast<uint8_t*>(block_.data), bytes_}; }
 
  private:
@@ -90,7 +92,7 @@ class Workspace {
 py::object describe(const std::string& name) {
   const Kernels* found = kernels(name.c_str());
   if (!found) return py::none();
-  return py::make_tuple(found->element_size, found->panel);
+  return py::make_tuple(found->element_size, found->panel, found->block);
 }
 
 void forward(const std::string& name, const py::tuple& head_, const py::tuple& rows_, const py::tuple& scores_,
@@ -126,6 +128,7 @@ void add_linear_ce(py::module_& m) {
   py::class_<Workspace>(m, "Workspace", py::buffer_protocol())
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Workspace& w) { return w.info(); })
+      .def_readwrite("spent", &Workspace::spent)
       .def_readwrite_static("keep", &Workspace::keep)
       .def_static("release", &Workspace::release);
   m.def("linear_ce_describe", &describe, py::arg("name"));

@@ -173,6 +173,7 @@ void write_block(const Head& h, const Rows& rows, const State& state, const Outp
   }
 }
 
+// Blocks end in order, so that no more than one a thread is under way: what makes room for an `out` that lies over E.
 template <class I>
 void weight_gradient(const Head& h, const Rows& rows, const State& state, const Output& out, int threads) {
   using Elem = typename I::Elem;
@@ -186,7 +187,7 @@ void weight_gradient(const Head& h, const Rows& rows, const State& state, const 
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> z(kBlockRows * ldz);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for ordered schedule(dynamic)
     for (int64_t task = 0; task < (h.vocab + kBlockRows - 1) / kBlockRows; ++task) {
       const int64_t v = task * kBlockRows, count = least(kBlockRows, h.vocab - v);
       for (int64_t d = 0; d < h.width && out.out; d += wide) {
@@ -200,13 +201,15 @@ void weight_gradient(const Head& h, const Rows& rows, const State& state, const 
           sum += state.factor[c] * (rows.labels[c] == v + r ? state.hit[c] : from_element(e[(v + r) * lde + c]));
         out.bias[v + r] += static_cast<float>(out.scale * sum);
       }
+#pragma omp ordered
+      {}
     }
   }
 }
 
 template <class I>
 constexpr Kernels table(const char* name, bool (*supported)()) {
-  return {name, static_cast<int>(sizeof(typename I::Elem)), kPanel<I>, supported, forward<I>, weight_gradient<I>};
+  return {name, static_cast<int>(sizeof(typename I::Elem)), kPanel<I>, kBlockRows, supported, forward<I>, weight_gradient<I>};
 }
 
 }  // namespace

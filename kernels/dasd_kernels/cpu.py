@@ -5,11 +5,15 @@ the CPU multiplies bf16 and the inputs are), the packed hidden states and their 
 Up to 256 MB of that stay with the process for the next call: fresh memory costs a sixth of a training step.
 
 The last chunk's part of dW is not computed by `run` but by `head_gradient` from the chunk's State, in backward: there
-the upstream gradient is known, so dW is written once, scaled, in its own dtype. With one chunk no fp32 dW ever exists.
+the upstream gradient is known, so dW is written once, scaled, in its own dtype. With one chunk no fp32 dW ever exists;
+so one chunk may take an fp32 dW's memory besides the workspace. And dW is written over E, row by row behind what was
+read, unless E is much the larger (`Plan`). That spends the State; a second backward computes everything anew.
 """
 
 import functools
-from dataclasses import replace
+import os
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +26,15 @@ try:
 except ImportError:  # a source tree that was not built: the chunked backend does everything
     _C = None  # type: ignore[assignment]
 
+THREADS = os.cpu_count() or 1  # most for dW, over E: a row is written so many blocks behind what was read
+WORKSPACES: "weakref.WeakValueDictionary[int, _C.Workspace]" = weakref.WeakValueDictionary()  # by address
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
-def describe(name: str) -> tuple[int, int] | None:
-    """(bytes of an element of E, tokens of a register tile) of the named kernels; None where they cannot run."""
+def describe(name: str) -> tuple[int, int, int] | None:
+    """(bytes of an element of E, tokens of a register tile, rows of dW that a thread makes at a time) of the named
+    kernels; None where they cannot run."""
     return None if _C is None else _C.linear_ce_describe(name)
 
 
@@ -48,32 +55,28 @@ def choose(hidden: Tensor, weight: Tensor, asked: str = "") -> str | None:
 
 
 def run(
-    name: str,
-    total: int,
+    plan: "Plan",
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
     row: Row,
-    workspace_bytes: int,
     *,
     coefficient: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (False, False, False),
     entropy: bool = False,
     rank: bool = False,
 ) -> Result:
-    """chunked.run by the kernels `name`; no label smoothing under a softcap. The gradients of weight and bias lack the
-    last chunk's part, which `head_gradient` makes of Result.state; grad_weight is None where that is all. `total`: rows
-    of the call, also those that were left out; the state's size follows from it."""
-    assert describe(name) is not None and not (row.label_smoothing and row.softcap)
-    n, (vocab, width) = len(hidden), weight.shape
-    size = chunk_rows(name, n, vocab, width, workspace_bytes, coefficient is not None)
+    """chunked.run by the kernels of `plan`, which is made for at least as many rows; no label smoothing under a
+    softcap. The gradients of weight and bias lack the last chunk's part, which `head_gradient` makes of Result.state;
+    grad_weight is None where that is all."""
+    assert not (row.label_smoothing and row.softcap)
+    name, n, (vocab, width) = plan.name, len(hidden), weight.shape
+    size = plan.chunk_rows(n)
     last = max(0, -(-n // size) - 1) * size  # where the last chunk begins
-    head_wanted, state = needs[1] or needs[2], None
-    if coefficient is not None:
-        most = min(chunk_limit(name, vocab, width, workspace_bytes, True), total)
-        state = State(name, most, vocab, width, head_wanted)
+    head_wanted = needs[1] or needs[2]
+    state = None if coefficient is None else State(plan, head_wanted)
     out = Result(
         target=hidden.new_empty(n, dtype=torch.float32),
         nll=hidden.new_empty(n, dtype=torch.float32),
@@ -103,7 +106,7 @@ def run(
         if state is None:
             _C.linear_ce_forward(name, head, rows, scores, None, threads)
             continue
-        buffers = state.addresses(address(dx) if needs[0] else 0)
+        buffers = state.addresses(len(x), address(dx) if needs[0] else 0)
         _C.linear_ce_forward(name, head, rows, scores, buffers, threads)
         if out.grad_hidden is not None:
             found = dx.view(-1)[: len(x) * ld].view(len(x), -1)[:, :width]
@@ -153,7 +156,8 @@ def head_gradient(
     out_bias: Tensor | None,
 ) -> None:
     """out (+)= scale * (partial + the last chunk's part), [V, D] of a dtype of DTYPES; out_bias [V] fp32 += scale *
-    that part. `memory` is Result.state, `partial` grad_weight; hidden and labels are the rows `run` was given."""
+    that part. `memory` is Result.state, `partial` grad_weight; hidden and labels are the rows `run` was given. `out`
+    may be what `claim` gave for `memory`."""
     state = State.reopen(memory, *weight.shape)
     if not state.count:  # no rows at all
         if out is not None and not add:
@@ -164,10 +168,10 @@ def head_gradient(
     kind = 0 if out is None else DTYPES[out.dtype]
     previous = address(partial) if state.begin else 0
     target = (address(out), kind, previous, state.everywhere, scale, add, address(out_bias))
-    threads = torch.get_num_threads() if state.count * weight.numel() > 1 << 20 else 1
+    threads = min(torch.get_num_threads(), THREADS) if state.count * weight.numel() > 1 << 20 else 1
     _C.linear_ce_weight_gradient(
-        state.name, describe_head(weight, None, None), describe_rows(x, y, None, None, Row()), state.addresses(0),
-        target, threads,
+        state.plan.name, describe_head(weight, None, None), describe_rows(x, y, None, None, Row()),
+        state.addresses(state.count), target, threads,
     )  # fmt: skip
 
 
@@ -192,77 +196,124 @@ def address(tensor: Tensor | None) -> int:
 
 def padded(name: str, count: int) -> int:
     """`count` in whole register tiles."""
+    return -(-count // facts(name)[1]) * facts(name)[1]
+
+
+def facts(name: str) -> tuple[int, int, int]:
     described = describe(name)
     assert described is not None
-    return -(-count // described[1]) * described[1]
+    return described
 
 
-def chunk_limit(name: str, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
-    """Most tokens of a chunk. As many as the workspace allows: dW is read and written once a chunk."""
-    described = describe(name)
-    assert described is not None
-    element = described[0]
-    row_bytes = width * element + vocab // 16  # packed hidden states, and the sums of the vocabulary's parts
-    if gradients:
-        row_bytes += vocab * element + width * (element + 4)
-    return max(1, workspace_bytes // row_bytes)
+@dataclass(frozen=True)
+class Plan:
+    """What a call holds, from shapes alone: tokens of its largest chunk, and where a State's parts lie."""
 
+    name: str
+    rows: int  # of the largest chunk
+    vocab: int
+    width: int
+    row_bytes: int  # of dW, where it is to be written over E; else 0
 
-def chunk_rows(name: str, n: int, vocab: int, width: int, workspace_bytes: int, gradients: bool) -> int:
-    """Tokens of a chunk, about equal over the chunks and whole register tiles."""
-    limit = chunk_limit(name, vocab, width, workspace_bytes, gradients)
-    even = -(-n // max(1, -(-n // limit)))
-    return max(1, min(limit, padded(name, even)))
+    @classmethod
+    def of(
+        cls, name: str, total: int, weight: Tensor, workspace_bytes: int, *,
+        gradients: bool = False, head: bool = False, over: bool = False,
+    ) -> "Plan":  # fmt: skip
+        """For `total` rows, whether they count or not. gradients: any are wanted; head: dW is; over: dW in weight's
+        dtype, which may be written over E."""
+        (vocab, width), element = weight.shape, facts(name)[0]
+        token_bytes = width * element + vocab // 16  # packed hidden states, and the sums of the vocabulary's parts
+        if gradients:
+            token_bytes += vocab * element + width * (element + 4)
+        rows = max(1, workspace_bytes // token_bytes)  # as many as may be: dW is read and written once a chunk
+        if head and total * token_bytes <= workspace_bytes + 4 * vocab * width:
+            rows = max(rows, total)  # one chunk, and no fp32 dW
+        plan = cls(name, min(rows, total), vocab, width, weight.element_size() * width if over else 0)
+        # E's rest stays with dW as long as that lives: nobody else's loss where all of it is kept for the next call.
+        dear = plan.e_row(plan.rows) > 2.25 * plan.row_bytes and plan.size > _C.Workspace.keep
+        return replace(plan, row_bytes=0) if dear else plan
 
+    def chunk_rows(self, n: int) -> int:
+        """Tokens of a chunk, about equal over the chunks and whole register tiles."""
+        even = -(-n // max(1, -(-n // max(1, self.rows))))
+        return max(1, min(self.rows, padded(self.name, even)))
 
-def state_bytes(name: str, total: int, vocab: int, width: int, workspace_bytes: int) -> int:
-    """Size of Result.state, from shapes alone."""
-    limit = chunk_limit(name, vocab, width, workspace_bytes, True)
-    return State.layout(name, min(limit, total), vocab, width)[-1]
+    def e_row(self, count: int) -> int:
+        """Bytes of a row of E: an odd number of cache lines."""
+        return 64 * (-(-count * facts(self.name)[0] // 64) | 1)
+
+    @functools.cached_property
+    def offsets(self) -> tuple[int, int, int]:
+        """Where factors, xs, and the room for E and dW begin."""
+        factors = 64 + -(-4 * self.width // 64) * 64
+        xs = factors + -(-12 * self.rows // 64) * 64
+        tokens = padded(self.name, self.rows) + 1
+        return factors, xs, xs + -(-padded(self.name, self.width) * tokens * facts(self.name)[0] // 64) * 64
+
+    def e_begin(self, count: int) -> int:
+        """Where E of `count` tokens begins: linear_ce.hpp says how far behind dW."""
+        if not self.row_bytes:
+            return self.offsets[2]
+        e_row = self.e_row(count)
+        ahead = THREADS * facts(self.name)[2] * max(self.row_bytes, e_row)
+        ahead += max(0, self.vocab * (self.row_bytes - e_row))
+        return self.offsets[2] + -(-ahead // 64) * 64
+
+    @property
+    def size(self) -> int:
+        return self.e_begin(self.rows) + self.vocab * self.e_row(self.rows) + 64
 
 
 class State:
     """The buffers of a chunk, sized as csrc/linear_ce/linear_ce.hpp says, in one tensor, [bytes] uint8, that can be
-    kept from forward to backward: a header of 8 int64, `everywhere`, factor, hit and hit_saved, xs, E. Every chunk uses
-    it anew."""
+    kept from forward to backward: a header of 8 int64, `everywhere`, factor, hit and hit_saved, xs, and a room with E
+    at its end. Every chunk uses it anew."""
 
     NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
-    def __init__(self, name: str, rows: int, vocab: int, width: int, keep: bool, memory: Tensor | None = None):
-        self.name, self.rows, self.width, self.keep = name, rows, width, keep
-        self.factors, self.xs, self.e, size = self.layout(name, rows, vocab, width)
-        self.memory = torch.frombuffer(_C.Workspace(size), dtype=torch.uint8) if memory is None else memory
+    def __init__(self, plan: Plan, keep: bool, memory: Tensor | None = None):
+        self.plan, self.keep = plan, keep
+        if memory is None:
+            workspace = _C.Workspace(plan.size)
+            memory = torch.frombuffer(workspace, dtype=torch.uint8)
+            WORKSPACES[memory.data_ptr()] = workspace
+        self.memory = memory
         self.begin = self.count = self.everywhere = 0
 
-    @staticmethod
-    def layout(name: str, rows: int, vocab: int, width: int) -> tuple[int, int, int, int]:
-        """Where the factors, xs and E begin, and the size in all."""
-        described = describe(name)
-        assert described is not None
-        element, panel = described
-        tokens = -(-rows // panel) * panel
-        factors = 64 + -(-4 * width // 64) * 64
-        xs = factors + -(-12 * rows // 64) * 64
-        e = xs + -(-padded(name, width) * (tokens + 1) * element // 64) * 64
-        line = 64 * (-(-rows * element // 64) | 1)
-        return factors, xs, e, e + vocab * line + 64
-
-    def addresses(self, dx: int) -> tuple[int, ...]:
-        base, step = self.memory.data_ptr(), 4 * self.rows
-        factors = (base + self.factors + i * step for i in range(3))
-        return (base + self.e, base + self.xs if self.keep else 0, dx, *factors)
+    def addresses(self, count: int, dx: int = 0) -> tuple[int, ...]:
+        base, step = self.memory.data_ptr(), 4 * self.plan.rows
+        factors, xs, _ = self.plan.offsets
+        parts = (base + factors + i * step for i in range(3))
+        return (base + self.plan.e_begin(count), base + xs if self.keep else 0, dx, *parts)
 
     def close(self, begin: int, count: int, everywhere: Tensor | None) -> None:
         """Note what the last chunk was, and what every row of dW takes besides."""
-        values = [self.NAMES.index(self.name), self.rows, begin, count, everywhere is not None]
-        self.memory[:40].view(torch.int64).copy_(torch.tensor(values))
+        values = [self.NAMES.index(self.plan.name), self.plan.rows, self.plan.row_bytes, begin, count]
+        self.memory[:48].view(torch.int64).copy_(torch.tensor([*values, everywhere is not None]))
         if everywhere is not None:
-            self.memory[64 : 64 + 4 * self.width].view(torch.float32).copy_(everywhere)
+            self.memory[64 : 64 + 4 * self.plan.width].view(torch.float32).copy_(everywhere)
 
     @classmethod
     def reopen(cls, memory: Tensor, vocab: int, width: int) -> "State":
-        name, rows, begin, count, everywhere = memory[:40].view(torch.int64).tolist()
-        state = cls(cls.NAMES[name], rows, vocab, width, True, memory)
+        name, rows, row_bytes, begin, count, everywhere = memory[:48].view(torch.int64).tolist()
+        state = cls(Plan(cls.NAMES[name], rows, vocab, width, row_bytes), True, memory)
         state.begin, state.count = begin, count
         state.everywhere = memory.data_ptr() + 64 if everywhere else 0
         return state
+
+
+def claim(memory: Tensor, weight: Tensor) -> Tensor | None:
+    """Room for dW over E in `memory`, a State's, which `head_gradient` spends with it; None where there is none."""
+    plan, workspace = State.reopen(memory, *weight.shape).plan, WORKSPACES.get(memory.data_ptr())
+    if workspace is None or not plan.row_bytes:  # a copy, which saved-tensor hooks may make, has none
+        return None
+    workspace.spent = True
+    count, offset = weight.numel(), plan.offsets[2]
+    return torch.frombuffer(workspace, dtype=weight.dtype, count=count, offset=offset).view(weight.shape)
+
+
+def spent(memory: Tensor) -> bool:
+    """Whether the State in `memory` was overwritten."""
+    workspace = WORKSPACES.get(memory.data_ptr())
+    return workspace is not None and workspace.spent

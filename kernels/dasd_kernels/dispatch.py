@@ -5,8 +5,8 @@ DASD_KERNELS=reference selects the plain definition (in the callers), =chunked p
 avx2, avx512 or avx512_bf16 one of the C++ kernels. DASD_DEBUG=1 checks labels on every device, which stalls it.
 """
 
-import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,8 +122,9 @@ def compute(
     needs: tuple[bool, bool, bool] = (False, False, False),
     entropy: bool = False,
     rank: bool = False,
+    over: bool = False,
 ) -> Result:
-    """Run the device's backend on the valid rows and put its results, [N], where they belong."""
+    """Run the device's backend on the valid rows and put its results, [N], where they belong. over: cpu.Plan's."""
     n, vocab = len(labels), len(weight)
     if temperature is not None and temperature.device.type == "cpu" and not bool((temperature > 0).all()):
         raise ValueError(f"temperature must be positive; its smallest entry is {float(temperature.min())}")
@@ -142,8 +143,12 @@ def compute(
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden must be bf16, fp16, fp32 or fp64, not {x.dtype}")
     name = cpu_kernels(hidden, weight, row)
-    run = chunked.run if name is None else functools.partial(cpu.run, name, n)
-    r = run(x, weight, safe, bias, t, row, workspace_bytes, coefficient=c, needs=needs, entropy=entropy, rank=rank)
+    options: dict[str, Any] = {"coefficient": c, "needs": needs, "entropy": entropy, "rank": rank}
+    if name is None:
+        r = chunked.run(x, weight, safe, bias, t, row, workspace_bytes, **options)
+    else:
+        plan = cpu.Plan.of(name, n, weight, workspace_bytes, gradients=c is not None, head=needs[1], over=over)
+        r = cpu.run(plan, x, weight, safe, bias, t, row, **options)
     if labels.device.type == "cpu":
         fields = [r.target, r.nll, r.lse, r.mean, r.entropy]
         target, nll, lse, mean, chaos = (None if f is None else spread(f, rows, n) for f in fields)

@@ -6,7 +6,8 @@
 
 The gradients of "mean" and "sum" are computed with the loss (three products of 2NDV FLOPs) and scaled in
 backward; "none" computes them in backward (four products), when the upstream gradients are known. On a CPU the last
-chunk's part of the weight's gradient waits for backward as well (cpu.py says why). dispatch.py chooses what computes.
+chunk's part of the weight's gradient waits for backward as well, and a second backward is as dear as "none"'s (cpu.py
+says why). dispatch.py chooses what computes.
 """
 
 from collections.abc import Iterator
@@ -133,6 +134,7 @@ def linear_ce(
     r = compute(
         hidden, weight, labels, bias, temperature, row, ignore_index, workspace_bytes,
         weights if now else None, (needs[0], needs[1], needs[2]) if now else (False, False, False),
+        over=now and needs[1] and grad_weight_out is None,
     )  # fmt: skip
     loss = r.nll
     if label_smoothing:
@@ -143,7 +145,8 @@ def linear_ce(
     loss *= weights
     nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
     partial = r.grad_weight
-    if partial is None and now and needs[1] and whole_or_partial(hidden, weight, row, workspace_bytes):
+    plan = memory_plan(hidden, weight, grad_weight_out, row, workspace_bytes, needs) if now else None
+    if partial is None and now and needs[1] and (plan is None or len(hidden) > plan.rows):
         partial = hidden.new_empty(weight.shape, dtype=acc)  # never touched: fewer rows are valid than shapes tell
     return (
         loss if reduction == "none" else loss.sum(),
@@ -154,10 +157,15 @@ def linear_ce(
     )
 
 
-def whole_or_partial(hidden: Tensor, weight: Tensor, row: Row, workspace_bytes: int) -> bool:
-    """Whether linear_ce returns a [V, D] gradient: always, unless one chunk's State stands for all of it."""
+def memory_plan(
+    hidden: Tensor, weight: Tensor, total: Tensor | None, row: Row, workspace_bytes: int, needs: list[bool]
+) -> cpu.Plan | None:
+    """linear_ce's on a CPU, with gradients: where one chunk has all rows, its State stands for dW, which is empty."""
     name = None if on_triton(hidden) else cpu_kernels(hidden, weight, row)
-    return name is None or len(hidden) > cpu.chunk_limit(name, weight.shape[0], weight.shape[1], workspace_bytes, True)
+    if name is None:
+        return None
+    over = needs[1] and total is None
+    return cpu.Plan.of(name, len(hidden), weight, workspace_bytes, gradients=True, head=needs[1], over=over)
 
 
 @linear_ce.register_fake
@@ -169,12 +177,11 @@ def _(
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     now = reduction != "none"
     nothing = lambda dtype=hidden.dtype: hidden.new_empty(0, dtype=dtype)  # noqa: E731
-    name = None if on_triton(hidden) else cpu_kernels(hidden, weight, row)
+    plan = memory_plan(hidden, weight, grad_weight_out, row, workspace_bytes, needs)
     state = nothing(torch.uint8)
-    if name is not None and now and (needs[1] or needs[2]):
-        size = cpu.state_bytes(name, labels.shape[0], weight.shape[0], weight.shape[1], workspace_bytes)
-        state = hidden.new_empty(size, dtype=torch.uint8)
-    whole = now and needs[1] and whole_or_partial(hidden, weight, row, workspace_bytes)
+    if plan is not None and now and (needs[1] or needs[2]):
+        state = hidden.new_empty(plan.size, dtype=torch.uint8)
+    whole = now and needs[1] and (plan is None or len(hidden) > plan.rows)
     return (
         hidden.new_empty(labels.shape if reduction == "none" else (), dtype=acc),
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if now and needs[0] else nothing(),
@@ -233,16 +240,34 @@ def head_gradient(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    temperature: Tensor | None,
     partial: Tensor,
     partial_bias: Tensor,
     state: Tensor,
     scale: Tensor,
     total: Tensor | None,
     ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    softcap: float,
+    temperature_all: float,
+    workspace_bytes: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """scale * dW, rounded once to weight's dtype or added to `total`, and scale * db, from linear_ce's results."""
-    dw = weight.new_empty(weight.shape) if needs[1] and total is None else None
+    """scale * dW, rounded once to weight's dtype or added to `total`, and scale * db, from linear_ce's results. The
+    first call may spend `state`; later ones then compute all of it again, from linear_ce's own inputs."""
+    if cpu.spent(state):
+        _, partial, partial_bias = linear_ce_gradients(
+            hidden, weight, labels, bias, coefficient, temperature, ignore_index, z_loss, label_smoothing, softcap,
+            temperature_all, workspace_bytes, [False, needs[1], needs[2]],
+        )  # fmt: skip
+        state = state.new_empty(0)
+    dw = None
+    if needs[1] and total is None:
+        dw = cpu.claim(state, weight) if state.numel() else None
+        dw = weight.new_empty(weight.shape) if dw is None else dw
     db = partial_bias * scale if needs[2] else None
     out = (dw if total is None else total) if needs[1] else None
     if state.numel():
@@ -258,7 +283,10 @@ def head_gradient(
 
 
 @head_gradient.register_fake
-def _(hidden, weight, labels, partial, partial_bias, state, scale, total, ignore_index, needs):
+def _(
+    hidden, weight, labels, bias, coefficient, temperature, partial, partial_bias, state, scale, total, ignore_index,
+    z_loss, label_smoothing, softcap, temperature_all, workspace_bytes, needs,
+):  # fmt: skip
     return (
         weight.new_empty(weight.shape if needs[1] and total is None else (0,)),
         partial_bias.new_empty(weight.shape[0]) if needs[2] else hidden.new_empty(0),
@@ -291,32 +319,31 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.needs, ctx.reduction, ctx.ignore_index, ctx.total = needs, reduction, ignore_index, total
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.row = (ignore_index, z_loss, label_smoothing, softcap, temperature_all, workspace_bytes)
-    if reduction == "none":
-        ctx.save_for_backward(hidden, weight, labels, bias, token_weight, temperature)
-    else:
-        ctx.save_for_backward(hidden, weight, labels, *gradients)
+    given = (hidden, weight, labels, bias, token_weight, temperature)
+    ctx.save_for_backward(*given, *(() if reduction == "none" else gradients))
 
 
 def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 15
+    hidden, weight, labels, bias, token_weight, temperature, *gradients = ctx.saved_tensors
+    weights = row_weights(labels, token_weight, ctx.ignore_index, ctx.reduction, upstream.dtype)
     if ctx.reduction == "none":
-        hidden, weight, labels, bias, token_weight, temperature = ctx.saved_tensors
-        weights = row_weights(labels, token_weight, ctx.ignore_index, "none", upstream.dtype)
         dx, partial, partial_bias = linear_ce_gradients(
             hidden, weight, labels, bias, weights * upstream, temperature, *ctx.row, ctx.needs
         )
         scale = torch.ones((), dtype=upstream.dtype, device=upstream.device)
         state = hidden.new_empty(0, dtype=torch.uint8)
     else:
-        hidden, weight, labels, dx, partial, partial_bias, state = ctx.saved_tensors
+        dx, partial, partial_bias, state = gradients
         scale = upstream
         dx = (dx * scale).to(dx.dtype)
     dw = db = None
     if ctx.needs[1] or ctx.needs[2]:
         dw, db = head_gradient(
-            hidden, weight, labels, partial, partial_bias, state, scale, ctx.total, ctx.ignore_index, ctx.needs
-        )
+            hidden, weight, labels, bias, weights, temperature, partial, partial_bias, state, scale, ctx.total,
+            *ctx.row, ctx.needs,
+        )  # fmt: skip
     return (
         dx if ctx.needs[0] else None,
         dw if ctx.needs[1] and ctx.total is None else None,
