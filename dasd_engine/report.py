@@ -22,6 +22,7 @@ import numpy as np
 from dasd_engine import forest
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.report_run import Run, read_run
+from dasd_engine.selection import RULES
 
 PAGE = Path(__file__).parent / "report_page"
 BINS = 40  # of a histogram of lengths
@@ -76,6 +77,7 @@ def _data(run: Run) -> dict[str, Any]:
         "lengths": _histograms(run.lengths),
         "deltas": run.deltas,
         "beta": run.texts.beta if run.texts else None,
+        "rule": {"name": run.texts.rule, "takes": RULES[run.texts.rule]} if run.texts and run.texts.rule else None,
         "places": run.texts.places if run.texts else [],
         "questions": run.texts.questions if run.texts else [],
         "samples": vars(run.samples) if run.samples else None,

@@ -26,15 +26,16 @@ PLACES = 20  # parts of a response that are told apart
 SAMPLES = 12  # problems whose answers are shown over training
 TYPES = ("teacher", "common", "student")
 
-_UUID = re.compile(rb'\{"uuid": ("(?:[^"\\]|\\.)*")')
+_QUESTION = re.compile(rb'\{"(?:uuid|id)": ("(?:[^"\\]|\\.)*")')  # first in a row of select or mix
 
 Key = tuple[str, float, int]  # question, temperature, candidate
 
 
 @dataclass
 class Texts:
-    """`questions`: {"id", "question", "candidates": [{"temperature", "candidate", "chosen", "finish", "pieces"}], and
-    where there is one "mixed": {"student", "teacher": the text of each, "tokens": of both, "cut", "cap", "masked"}}.
+    """`questions`: {"id", "question", "candidates": [{"temperature", "candidate", "chosen", "dropped", "finish",
+    "pieces"}], and where there is one "mixed": {"student", "teacher": the text of each, "tokens": of both, "cut",
+    "cap", "masked"}}. "chosen" is a stage, "dropped" a filter's reason. `rule`: what chose, "" where nothing has yet.
 
     A piece is text outside of sentences, or [text, p_T, p_S, n_T, n_S(, p_D)]. `places`: of each temperature the share
     of each type of sentence in each part of a response, [3][PLACES], None where none lies. `lengths`: the student's
@@ -42,6 +43,7 @@ class Texts:
     """
 
     beta: float
+    rule: str = ""
     teacher: str = ""
     questions: list[dict[str, Any]] = field(default_factory=list)
     places: list[dict[str, Any]] = field(default_factory=list)
@@ -52,8 +54,8 @@ class Texts:
 def read_texts(directory: Path, manifests: dict[str, dict[str, Any]]) -> Texts:
     """Of a distillation that has scored. Raises InputError naming file and line of a row that is none."""
     selects = [name for name in manifests if name.startswith("select-") and manifests[name]]
-    beta = next((manifests[name]["parameters"]["beta"] for name in selects), 0.1)
-    texts = Texts(beta)
+    asked: dict[str, Any] = next((manifests[name]["parameters"] for name in selects), {"beta": 0.1, "rule": ""})
+    texts = Texts(asked["beta"], asked["rule"])
     score = scoring(manifests)
     rows = _scores(directory / score / "scores.jsonl")
     scored = manifests[score]["counts"]["scored"]
@@ -62,14 +64,17 @@ def read_texts(directory: Path, manifests: dict[str, dict[str, Any]]) -> Texts:
     for temperature in sorted({row["temperature"] for row in rows}):
         group = [row for row in rows if row["temperature"] == temperature]
         texts.lengths[f"candidates at {temperature:g}"] = np.array([row["student_tokens"] for row in group])
-        texts.places.append({"temperature": temperature, "shares": _places(group, beta)})
+        texts.places.append({"temperature": temperature, "shares": _places(group, texts.beta)})
     shown = _shown(rows)
     ids = {row["id"] for row in shown.values()}
     if len(ids) < (count := len({row["id"] for row in rows})):
         texts.notes.append(f"{len(ids):,} of {count:,} questions can be read here, spread evenly over them")
-    chosen = _chosen([directory / name / "selected.jsonl" for name in selects], ids)
+    fates = {
+        "chosen": _chosen([directory / name / "selected.jsonl" for name in selects], ids),
+        "dropped": _dropped([directory / name / "dropped.jsonl" for name in selects], ids),
+    }
     candidates = directory / "sample" / "candidates.jsonl"
-    texts.questions = _questions(candidates, shown, chosen)
+    texts.questions = _questions(candidates, shown, fates)
     mixed = _mixed(directory / "mix" / "mixed.jsonl", ids) if manifests.get("mix") else {}
     masked = manifests.get("prepare-mixed", {}).get("parameters", {}).get("mask_prefix", False)
     for question in texts.questions:
@@ -121,17 +126,32 @@ def _chosen(paths: Sequence[Path], wanted: set[str]) -> dict[Key, str]:
     """Which candidates are trained on, and in which stage."""
     found: dict[Key, str] = {}
     for path in paths:
-        with open(path, "rb") as file:
-            for line in file:
-                begins = _UUID.match(line)  # most rows are not wanted, and need not be parsed
-                if begins and json.loads(begins[1]) in wanted:
-                    row = json.loads(line)
-                    meta = json.loads(row["meta"])
-                    found[row["uuid"], meta["temperature"], meta["candidate"]] = path.parent.name.partition("-")[2]
+        for row in _about(path, wanted):
+            meta = json.loads(row["meta"])
+            found[row["uuid"], meta["temperature"], meta["candidate"]] = path.parent.name.partition("-")[2]
     return found
 
 
-def _questions(path: Path, shown: dict[int, dict[str, Any]], chosen: dict[Key, str]) -> list[dict[str, Any]]:
+def _dropped(paths: Sequence[Path], wanted: set[str]) -> dict[Key, str]:
+    """Which candidates a filter has dropped, and why."""
+    return {
+        (row["id"], row["temperature"], row["candidate"]): f"{row['reason']}, {row['detail']}"
+        for path in paths for row in _about(path, wanted)
+    }  # fmt: skip
+
+
+def _about(path: Path, wanted: set[str]) -> Iterator[dict[str, Any]]:
+    """Rows about these questions. Most are not, and need not be parsed."""
+    with open(path, "rb") as file:
+        for line in file:
+            begins = _QUESTION.match(line)
+            if begins and json.loads(begins[1]) in wanted:
+                yield json.loads(line)
+
+
+def _questions(
+    path: Path, shown: dict[int, dict[str, Any]], fates: dict[str, dict[Key, str]]
+) -> list[dict[str, Any]]:  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for number, row in _lines(path, set(shown)):
         scores = shown[number]
@@ -140,7 +160,8 @@ def _questions(path: Path, shown: dict[int, dict[str, Any]], chosen: dict[Key, s
             raise InputError(f"{path}:{number}: is not the candidate that was scored; score it anew")
         asked = {"id": row["id"], "question": row["messages"][-1]["content"], "answer": row.get("answer")}
         found.setdefault(row["id"], {**asked, "candidates": []})["candidates"].append({
-            "temperature": row["temperature"], "candidate": row["candidate"], "chosen": chosen.get(key),
+            "temperature": row["temperature"], "candidate": row["candidate"],
+            **{name: of.get(key) for name, of in fates.items()},
             "finish": row["finish_reason"], "pieces": _pieces(row["text"], scores["sentences"]),
         })  # fmt: skip
     return list(found.values())
@@ -149,17 +170,15 @@ def _questions(path: Path, shown: dict[int, dict[str, Any]], chosen: dict[Key, s
 def _mixed(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Of these questions, the responses that the student began and the teacher finished."""
     found: dict[str, dict[str, Any]] = {}
-    with open(path, "rb") as file:
-        for line in file:
-            begins = _UUID.match(line)
-            if not begins or json.loads(begins[1]) not in wanted or "prefix" not in (row := json.loads(line)):
-                continue  # the teacher's alone
-            output = row["output"] if "output" in row else row["messages"][-1]["content"]
-            meta = json.loads(row["meta"])
-            found[row["uuid"]] = {
-                "student": row["prefix"], "teacher": output[len(row["prefix"]) :],
-                "tokens": [meta["cut"], meta["continuation_tokens"]], "cut": meta["share"], "cap": meta["cap"],
-            }  # fmt: skip
+    for row in _about(path, wanted):
+        if "prefix" not in row:
+            continue  # the teacher's alone
+        output = row["output"] if "output" in row else row["messages"][-1]["content"]
+        meta = json.loads(row["meta"])
+        found[row["uuid"]] = {
+            "student": row["prefix"], "teacher": output[len(row["prefix"]) :],
+            "tokens": [meta["cut"], meta["continuation_tokens"]], "cut": meta["share"], "cap": meta["cap"],
+        }  # fmt: skip
     return found
 
 

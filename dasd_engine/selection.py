@@ -29,9 +29,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-RULES = (
-    "teacher_count", "min_count", "ratio", "longest", "shortest", "random", "count_minus_length", "token_matched"
-)  # fmt: skip
+RULES = {  # what each takes, for whoever reads what it took
+    "teacher_count": "the one with the most teacher sentences",
+    "min_count": "the one with the fewest teacher sentences",
+    "ratio": "the one with the highest share of teacher sentences",
+    "longest": "the one with the most tokens of the student",
+    "shortest": "the one with the fewest tokens of the student",
+    "random": "one drawn at random",
+    "count_minus_length": "the one with the most teacher sentences for its length",
+    "token_matched": "the one that makes the most teacher sentences in all, at the tokens of a random choice",
+}
 TYPES = ("teacher", "common", "student")
 FOUR_TYPES = ("shared", "teacher", "student", "boosted")
 BINS = 20  # of the histogram of Δ over [−1, 1]

@@ -105,9 +105,9 @@ function training() {
   const each = Math.max(0, ...runs.flatMap((run) => run.curves.map((c) => c.each)));
   if (!each) return empty("training", "No step of training is there.");
   const note = each > 1 ? `mean of up to ${each} steps` : "each step";
-  const [stages, loss] = curves(["loss", "least", "greatest"]);
-  const band = stages.flatMap((s) => [{ ...s }, { ...s, label: `${s.label}, least`, width: 0, hidden: true }, { ...s, label: `${s.label}, greatest`, width: 0, hidden: true }]);
-  const bands = stages.map((s, i) => ({ series: [3 * i + 3, 3 * i + 2], fill: "--grid" }));
+  const [stages, loss] = curves(["least", "greatest", "loss"]); // the mean last: drawn over its band
+  const band = stages.flatMap((s) => [{ ...s, label: `${s.label}, least`, width: 0, hidden: true }, { ...s, label: `${s.label}, greatest`, width: 0, hidden: true }, { ...s }]);
+  const bands = stages.map((s, i) => ({ series: [3 * i + 2, 3 * i + 1], fill: "--grid" }));
   chart("training", "Loss", each > 1 ? `${note}; grey: least and greatest` : note, loss, band, each > 1 ? { bands } : {});
   for (const [name, title, format] of [["lr", "Learning rate"], ["grad_norm", "Gradient norm, before clipping"], ["tokens_per_s", "Tokens a second"], ["mfu", "Utilisation of peak FLOP/s (mfu)", share], ["fill", "Fill of packs", share], ["balance", "Balance of ranks: mean over greatest work", share]]) {
     const [series, data] = curves([name]);
@@ -166,7 +166,7 @@ function kind(piece, beta) {
   return change > beta ? "teacher" : change < -beta ? "student" : "common";
 }
 
-function response(candidate, beta) {
+function response(candidate, { beta, rule }) {
   const counts = { teacher: 0, common: 0, student: 0 };
   const text = make("div", { class: "text clip" });
   for (const piece of candidate.pieces) {
@@ -182,16 +182,18 @@ function response(candidate, beta) {
     text.append(mark);
   }
   const chosen = candidate.chosen !== null;
-  const head = `${chosen ? `chosen for stage ${candidate.chosen}` : "rejected"} · T = ${candidate.temperature}, candidate ${candidate.candidate}: ${counts.teacher} teacher, ${counts.common} common, ${counts.student} student${candidate.finish === "stop" ? "" : `; ended by ${candidate.finish}`}`;
+  const fate = chosen ? `chosen for stage ${candidate.chosen}` : candidate.dropped ? "dropped by the filters" : rule ? "rejected by the rule" : "scored";
+  const head = `${fate} · T = ${candidate.temperature}, candidate ${candidate.candidate}: ${counts.teacher} teacher, ${counts.common} common, ${counts.student} student${candidate.finish === "stop" ? "" : `; ended by ${candidate.finish}`}${candidate.dropped ? `; ${candidate.dropped}` : ""}`;
   return make("article", { class: chosen ? "chosen" : null }, make("h4", {}, head), text);
 }
 
-function show(question, beta, page) {
-  page.replaceChildren(make("div", { class: "text" }, question.question, ...(question.answer == null ? [] : [make("span", { class: "quiet" }, `\nexpected answer: ${question.answer}`)])));
+function show(question, run, page) {
+  const why = run.rule ? [make("p", {}, `Chosen by ${run.rule.name}: of a question's responses at one temperature that passed the filters, ${run.rule.takes}; of equal ones the lowest number.`)] : [];
+  page.replaceChildren(...why, make("div", { class: "text" }, question.question, ...(question.answer == null ? [] : [make("span", { class: "quiet" }, `\nexpected answer: ${question.answer}`)])));
   for (const temperature of new Set(question.candidates.map((c) => c.temperature))) {
     const group = question.candidates.filter((c) => c.temperature === temperature);
     group.sort((a, b) => (b.chosen !== null) - (a.chosen !== null));
-    page.append(make("div", { class: "answers" }, ...group.map((c) => response(c, beta))));
+    page.append(make("div", { class: "answers" }, ...group.map((c) => response(c, run))));
   }
   if (question.mixed) page.append(make("div", { class: "answers" }, mixed(question.mixed)));
 }
@@ -224,7 +226,7 @@ function reader() {
     on.disabled = at === run.questions.length - 1;
     onMixed.hidden = !run.questions.some((q) => q.mixed);
     tip.hidden = true;
-    show(run.questions[at], run.beta, page);
+    show(run.questions[at], run, page);
   };
   const turnMixed = () => { // to the next, behind the last to the first
     const places = able[pick.value].questions.flatMap((q, i) => (q.mixed ? [i] : []));

@@ -71,6 +71,21 @@ def write_mixed(path: Path, question: str) -> Path:
     return path
 
 
+def write_selected(path: Path, question: str) -> Path:
+    """Of a question of `write_scored_run`, candidate 1 chosen for stage low and candidate 0 dropped by a filter."""
+    (path / "select-low").mkdir()
+    meta = json.dumps({"temperature": 1.0, "candidate": 1})
+    dropped = {"temperature": 1.0, "candidate": 0, "reason": "wrong_answer", "detail": HOSTILE}
+    parts = {
+        "selected.jsonl": {"uuid": question, "input": "", "output": "", "meta": meta},
+        "dropped.jsonl": {"id": question, **dropped},
+        "manifest.json": {"parameters": {"beta": 0.1, "rule": "longest"}, "counts": {}},
+    }
+    for name, row in parts.items():
+        (path / "select-low" / name).write_text(json.dumps(row) + "\n")
+    return path
+
+
 def write_scored_run(path: Path, questions: int, sentences: int) -> Path:
     """A distillation that has scored, the trained student too: two candidates a question, each of so many sentences of
     60 characters."""

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distill_runs import write_distillation
-from report_runs import HOSTILE, write_ablations, write_metrics, write_mixed, write_scored_run, write_train_run
+from report_runs import (
+    HOSTILE,
+    write_ablations,
+    write_metrics,
+    write_mixed,
+    write_scored_run,
+    write_selected,
+    write_train_run,
+)
 
 from dasd_engine import distill
 from dasd_engine.errors import InputError
@@ -81,6 +89,16 @@ def test_the_reader_shows_every_candidate_as_it_was_scored_and_chosen(scored, tm
         counts = {"teacher": sum(d > 0.1 for d in delta), "student": sum(d < -0.1 for d in delta)}
         assert counts == {name: scores[key]["counts"][name] for name in counts}
         assert one["chosen"] == chosen.get(key)
+    assert run["rule"] == {"name": "teacher_count", "takes": "the one with the most teacher sentences"}
+
+
+def test_the_reader_tells_the_dropped_from_the_rejected(tmp_path):
+    run = write_scored_run(tmp_path / "run", questions=2, sentences=2)
+    assert Page(report(run)).runs[0]["rule"] is None  # nothing is chosen yet, and so nothing rejected
+    (page,) = Page(report(write_selected(run, "q1"))).runs
+    fates = {(q["id"], c["candidate"]): (c["chosen"], c["dropped"]) for q in page["questions"] for c in q["candidates"]}
+    none, dropped = (None, None), (None, f"wrong_answer, {HOSTILE}")
+    assert fates == {("q0", 0): none, ("q0", 1): none, ("q1", 0): dropped, ("q1", 1): ("low", None)}
 
 
 def test_the_reader_shows_p_d_where_the_trained_student_was_scored(scored, tmp_path):
@@ -281,6 +299,7 @@ addEventListener("load", () => whenDrawn(() => {
   const second = { text: document.activeElement.textContent, said: tip.hidden ? "" : tip.textContent };
   key(document.body, "n");
   const where = reader.querySelector("[role=status]").textContent;
+  const why = [...reader.querySelectorAll(".page > p, h4")].map((h) => h.textContent);
   key(document.body, "m");
   const began = reader.querySelector("mark.began");
   began.focus();
@@ -289,7 +308,7 @@ addEventListener("load", () => whenDrawn(() => {
   const plot = document.querySelector("#training [role=img]");
   key(plot, "End");
   const canvases = [...document.querySelectorAll("canvas")].map((c) => c.width * c.height > 0);
-  done({ said, second, where, mixed, drawn: canvases,
+  done({ said, second, where, why, mixed, drawn: canvases,
     legend: plot.querySelector(".u-legend .u-value").textContent,
     figures: document.querySelectorAll(".charts figure").length,
     forests: [...document.querySelectorAll("figure .forest")].map((f) => f.getBoundingClientRect().width),
@@ -302,7 +321,7 @@ addEventListener("load", () => whenDrawn(() => {
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])  # headless Chromium makes no narrower window
 def test_in_a_browser(tmp_path, size):
     """No error in the console, all charts drawn, sentences and charts read by keyboard, nothing wider than the page."""
-    run = write_mixed(write_scored_run(tmp_path / "run", questions=3, sentences=4), "q2")
+    run = write_mixed(write_selected(write_scored_run(tmp_path / "run", questions=3, sentences=4), "q1"), "q2")
     write_train_run(run / "train-low", 1500)
     path = report([run, write_ablations(tmp_path / "ablations.json")])
     path.write_text(path.read_text().replace("</body>", f"<script>{VISITOR}</script></body>"))
@@ -316,6 +335,10 @@ def test_in_a_browser(tmp_path, size):
     assert seen["second"]["said"] == "teacher sentence: p_T 0.900, p_S 0.100, p_D 0.800, Δ\u00a0+0.80 (9 and 8 tokens)"
     assert seen["where"] == "question 2 of 3" and seen["legend"] == "2,249"  # the first of the last point's steps
     assert seen["figures"] == len(seen["drawn"]) > 8 and all(seen["drawn"])
+    rule, chosen, dropped = seen["why"]
+    assert "by longest: " in rule and "the one with the most tokens of the student" in rule
+    assert chosen.startswith("chosen for stage low · T = 1, candidate 1: ")
+    assert dropped.startswith("dropped by the filters · ") and dropped.endswith(f"; wrong_answer, {HOSTILE}")
     told = "the student began: 7 tokens, 62.5 % of what it wrote under a cap of 20"
     assert seen["mixed"] == {"began": HOSTILE, "said": told, "went": " and on"}
     assert len(seen["forests"]) == 2 and min(seen["forests"]) > 600
