@@ -132,12 +132,16 @@ def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
 
 
 def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """Of linear_cross_entropy: the gradient of the hidden states, a chunk of logits, and the head's gradient in fp32,
-    on a CPU only where there are more chunks than one."""
+    """Of linear_cross_entropy: the gradient of the hidden states, a chunk of logits, and the head's gradient in fp32.
+    On a CPU one chunk may be as large as both, and the head's gradient lies over a chunk that is not much larger."""
     vocab, hidden, item = config.vocab_size, config.hidden_size, dtype.itemsize
-    logits = tokens * (vocab * item + hidden * (2 * item + 4))
-    head = 0 if device == "cpu" and logits <= CHUNK["cpu"] else 4 * vocab * hidden
-    return item * tokens * hidden + head + min(logits, CHUNK[device])
+    logits, head = tokens * (vocab * item + hidden * (2 * item + 4)), 4 * vocab * hidden
+    if device != "cpu":
+        return item * tokens * hidden + head + min(logits, CHUNK[device])
+    whole = logits <= CHUNK["cpu"] + head
+    chunk, gradient = logits if whole else CHUNK["cpu"], item * vocab * hidden
+    shared = min(chunk, gradient) if chunk <= 2.25 * gradient else 0
+    return item * tokens * hidden + chunk - shared + (0 if whole else head)
 
 
 def settle(recipe: Recipe, config: ModelConfig, world: World) -> tuple[Recipe, list[str]]:

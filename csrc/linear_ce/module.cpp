@@ -7,9 +7,6 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "linear_ce.hpp"
 
@@ -49,21 +46,19 @@ struct Block {
 };
 
 // Memory for a State, exported as a buffer of `bytes`. First touch of fresh memory costs as much as a third of a product, so
-// the largest block of up to `keep` bytes that came back is kept for the next call. All of it happens under the GIL.
+// the largest block of up to `keep` bytes that came back is kept for the next call that needs half of it. All of it happens
+// under the GIL.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : bytes_(bytes) {
-    if (kept_.data && kept_.size >= bytes) {
+    if (kept_.size >= bytes && kept_.size / 2 <= bytes) {
       block_ = std::exchange(kept_, Block{});
       return;
     }
-    release();
+    if (kept_.size < bytes) release();
     block_.size = (bytes + kPage - 1) / kPage * kPage;
     block_.data = std::aligned_alloc(kPage, block_.size);
     if (!block_.data) throw std::bad_alloc();
-#ifdef __linux__
-    madvise(block_.data, block_.size, MADV_HUGEPAGE);  // E is read along both of its dimensions
-#endif
   }
   ~Workspace() {
     if (block_.size <= keep && block_.size > kept_.size) std::swap(block_, kept_);
@@ -83,7 +78,7 @@ class Workspace {
   py::buffer_info info() const { return {static_cast<uint8_t*>(block_.data), bytes_}; }
 
  private:
-  static constexpr int64_t kPage = 2 << 20;
+  static constexpr int64_t kPage = 4096;
   static inline Block kept_{};
   Block block_{};
   int64_t bytes_;
