@@ -31,13 +31,13 @@ from dasd_engine.distill import Run as Distillation
 from dasd_engine.distill_config import DistillRecipe, load_distill_recipe
 from dasd_engine.distill_stages import hash_model
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.evaluation_report import RESPONSES, EvalReport, levels
+from dasd_engine.evaluation_report import RESPONSES, EvalReport, levels, percent
 from dasd_engine.mixed_policy import hash_uniform
 from dasd_engine.paired import compare, detectable, expected_spread, recommend, spread
-from dasd_engine.problems import read_problems
+from dasd_engine.problems import final_answer, is_right, read_problems
 from dasd_engine.questions import Question, identify, read_questions
 from dasd_engine.questions import spread as evenly
-from dasd_engine.records import OutputDirectory, read_json, write_json, write_rows
+from dasd_engine.records import OutputDirectory, read_json, read_rows, write_json, write_rows
 from dasd_engine.teachers import identify_teacher
 
 PROBLEMS, QUESTIONS, PLAN, RESULT, RECOMMENDED = (
@@ -110,6 +110,8 @@ def _run(
         raise too_small(asked.budget, least, f"the evaluations of {LEAST_SEEDS} seeds alone")
     bench.scores, ids = sample(recipe, asked, training, out, quiet)
     clock.save()
+    if known := teacher_right(bench.scores.parent / "sample" / "candidates.jsonl", ids):
+        say(known)
     say(f"choosing among the candidates of {len(ids):,} questions, by every rule of these arms")
     groups = bench.choose(groups, ids)
     path = out / PLAN
@@ -219,6 +221,22 @@ def sample(
     source = replace(recipe, out=out / "source", sample=section)
     Distillation(source, last="score").go("the same command", quiet)
     return source.out / "score", [q.id for q in subset]
+
+
+def teacher_right(candidates: Path, ids: Sequence[str]) -> str:
+    """In words, how often the teacher's responses to these questions are right; "" where no answer is known."""
+    wanted, found = set(ids), dict[float, dict[str, list[bool]]]()
+    for _, row in read_rows(candidates, without=("token_ids", "logprobs")):
+        if row["id"] in wanted and row.get("answer") is not None:
+            given = final_answer(row["text"])
+            right = given is not None and is_right(given, row["answer"])
+            found.setdefault(row["temperature"], {}).setdefault(row.get("task") or "all", []).append(right)
+    said = []
+    for temperature, by_task in sorted(found.items()):
+        parts = ", ".join(f"{task} {percent(sum(right) / len(right))}" for task, right in sorted(by_task.items()))
+        whole = [one for right in by_task.values() for one in right]
+        said.append(f"{percent(sum(whole) / len(whole))} at T = {temperature:g}" + f" ({parts})" * (len(by_task) > 1))
+    return f"the teacher's responses, right: {'; '.join(said)}" if said else ""
 
 
 # ---------------------------------------------------------------------------------------------- the end

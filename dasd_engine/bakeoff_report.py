@@ -25,6 +25,7 @@ def print_plan(
         arms = ", ".join(arm.name for arm in group.arms if arm.name != group.reference)
         print(f"  {group.name}: {arms}; beside {group.reference}")
         print(f"    a difference of {points(planned[group.name])} will be seen with {POWER:.0%} probability")
+    print("  to see less: more questions with answers (problems), a longer --budget (seeds), fewer --arms")
     print("  no arm is dropped early; 95 % is for all intervals together", flush=True)
 
 
@@ -61,7 +62,7 @@ def _print_group(name: str, group: dict[str, Any]) -> None:
         for design in DESIGNS:
             pair = found[design].get(arm)
             cells += [percent(group["pass_at_1"][design][arm])]
-            cells += [f"{100 * pair.difference:+.1f}", _range(pair.interval)] if pair else ["", ""]
+            cells += [_signed(pair.difference), _range(pair.interval)] if pair else ["", ""]
             cells += [f"{group['tokens'][design][arm]:,.0f}"]
         table.add_row(arm, *cells)
     console = Console()
@@ -69,4 +70,8 @@ def _print_group(name: str, group: dict[str, Any]) -> None:
 
 
 def _range(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:+.1f} – {100 * interval[1]:+.1f}"
+    return " – ".join(map(_signed, interval))
+
+
+def _signed(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # no −0.0

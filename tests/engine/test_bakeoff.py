@@ -275,6 +275,20 @@ def test_the_report_shows_every_group_with_its_intervals(finished, tmp_path):
     assert result(finished)["paste"].splitlines()[0] in text
 
 
+def test_how_often_the_teacher_is_right_is_said(tmp_path):
+    rows = [
+        {"id": id, "temperature": temperature, "task": task, "answer": answer, "text": f"<think>\nhm\n</think>\n{said}"}
+        for id, task, answer, said in (("a", "sums", "4", "It is 4."), ("b", "stories", "5", "It is 4."))
+        for temperature in (1.0, 0.6)
+    ]  # fmt: skip
+    rows += [{**rows[0], "id": "unknown", "answer": None}, {**rows[0], "id": "held out"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = bakeoff.teacher_right(tmp_path / "c.jsonl", ["a", "b", "unknown"])
+    of_tasks = "50.0 % at T = {} (stories 0.0 %, sums 100.0 %)"
+    assert told == f"the teacher's responses, right: {of_tasks.format(0.6)}; {of_tasks.format(1)}"
+    assert bakeoff.teacher_right(tmp_path / "c.jsonl", ["unknown"]) == ""
+
+
 def test_a_verdict_in_words():
     def group(**verdict):
         empty = {"best": None, "alike": [], "partly": [], "worse": []}
