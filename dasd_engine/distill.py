@@ -126,6 +126,9 @@ class Run:
             stage.run(quiet)
         except InputError as error:
             raise InputError(f"{stage.name}: {error}; then go on with: {again}") from None
+        except KeyboardInterrupt:
+            print(f"\n{stage.name} was stopped; go on with: {again}", file=sys.stderr, flush=True)
+            raise
         finally:
             write_json(path, {**record, "seconds": round(record["seconds"] + time.monotonic() - started, 3)})
 
@@ -212,7 +215,7 @@ def print_plan(run: Run, device: str | None, tflops: float | None, response_toke
             "?" if hours is None else _number(hours) if w.use else "",
         )  # fmt: skip
     _print(table)
-    print(f"{_number(total)} hours for what is left")
+    print(f"{_number(total)} hours ({_duration(3600 * total)}) for what is left")
     unknown = any(w.flops is None for name, w in work.items() if name in known)
     for line in assumptions(where, None if sampled else mean, recipe.mix.enabled, unknown):
         print(f"  {line}")

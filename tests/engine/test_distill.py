@@ -333,6 +333,18 @@ def test_a_teacher_that_is_down_fails_its_stage_with_the_command_to_go_on(tmp_pa
     assert f"then go on with: python -m dasd_engine.distill {recipe} teacher.kind=server" in said
 
 
+def test_ctrl_c_tells_the_command_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dasd_engine.distill_stages.sample", interrupted)
+    recipe = write_distillation(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        distill.main([str(recipe), "--until", "score"])
+    told = capsys.readouterr().err
+    assert f"sample was stopped; go on with: python -m dasd_engine.distill {recipe} --until score" in told
+
+
 def test_a_process_that_fails_tells_its_last_line(finished, tmp_path):
     recipe = load_distill_recipe(finished)
     with pytest.raises(InputError, match=r"dasd_engine.prepare ended with exit code 2; .*no such file"):
