@@ -7,8 +7,12 @@
 // threads. 2NDV FLOPs; memory: the packed hidden states and V / 192 floats a token.
 //
 // Gradients. The sweep stores Eᵀ [V, C], in bf16 where operands are bf16. With S the row's sum, E's label entry becomes
-// E - S (1 - label_smoothing) / (1 + 2 z_loss lse), and everything else is a factor a row: dX = diag(factor) E W, dW = Eᵀ diag(factor) X. In
-// bf16, what rounding took from the label's entry (the largest) is added back in fp32. 2NDV FLOPs each.
+// E - S (1 - label_smoothing) / (1 + 2 z_loss lse), and everything else is a factor a row: dX = diag(factor) E W,
+// dW = Eᵀ diag(factor) X. In bf16, what rounding took from the label's entry (the largest) is added back in fp32. 2NDV FLOPs
+// each. dW may be written over E: memory for the larger of the two.
+//
+// Measured, bf16, two Zen 5 cores, at [1024, 1024, 32768], [2048, 576, 49152], [512, 2560, 151936]: scores take 0.88, 0.86,
+// 0.89 of torch.mm's time, with both gradients 0.94, 0.93, 0.88 of three. Registers alone would allow 0.8.
 #pragma once
 #include <cmath>
 
