@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ablations.arms import SWEEP, runs
-from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_noisy_teacher, make_starts, write_data
+from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_starts
 from bench.ablations.results import begin, collect
 from bench.ablations.runs import ask_teacher, measure
 from bench.ablations.tables import print_tables
@@ -31,13 +31,17 @@ RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
 
 def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int) -> None:
     """Each process works on one seed at a time; a seed begins when its student and the candidates are there."""
-    write_data(out, size)
-    make_noisy_teacher(out)
+    for regime in regimes:
+        regime.write_data(out, size)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=keep_freed_memory) as pool:
         # Whoever asks the teacher has a recipe, and so a student.
-        students = sorted({seed for regime in regimes for seed in regime.students(size)})
-        wait([pool.submit(make_starts, out, seed) for seed in students])
+        worlds = list(dict.fromkeys(regime.world for regime in regimes))
+        students = {(regime.world, seed): None for regime in regimes for seed in regime.students(size)}
+        wait([
+            *(pool.submit(world.make_teachers, out) for world in worlds),
+            *(pool.submit(make_starts, out, world, seed) for world, seed in students),
+        ])  # fmt: skip
         wait([pool.submit(ask_teacher, regime, out) for regime in regimes])
         work = [(regime, step) for regime in regimes for step in (0, *regime.steps[1:])]
         work.sort(key=lambda item: item[1] > 0)  # the sweep comes last

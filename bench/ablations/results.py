@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from bench.ablations.arms import CLAIMS, SWEEP, Arm, Claim, Table
-from bench.ablations.regimes import SETS, Regime, Size
+from bench.ablations.regimes import Regime, Size
+from bench.ablations.worlds import SETS
 from dasd_engine.evaluation_report import RESPONSES, read_responses, shares
 from dasd_engine.paired import Array, Pair, against, compare, critical
 from dasd_engine.problems import final_answer, is_right
@@ -47,7 +48,7 @@ class Measured:
         there = {(table.name, arm.name) for table in regime.tables for arm in table.arms}
         self.claims = [claim for claim in CLAIMS if {(claim.table, claim.a), (claim.table, claim.b)} <= there]
         self.ids = {
-            name: [row["uuid"] for _, row in read_rows(out / "data" / f"{name}.jsonl")] for name in SETS
+            name: [row["uuid"] for _, row in read_rows(regime.world.data(out) / f"{name}.jsonl")] for name in SETS
         }
 
     def result(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class Measured:
 
     def teacher(self) -> dict[str, float]:
         """Its share of right answers by temperature, from the candidates."""
-        questions = read_questions([str(self.here.parent / "data" / f"{self.regime.name}.jsonl")])
+        questions = read_questions([str(self.regime.asked(self.here.parent))])
         answers = {question.id: question.answer for question in questions}
         found: dict[str, list[bool]] = {}
         for _, row in read_rows(self.here / "sample" / "candidates.jsonl", without=("token_ids", "logprobs")):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.ablations.arms import SWEEP, Arm, Slice, Table, runs
-from bench.ablations.regimes import SETS, Regime, Size
+from bench.ablations.regimes import Regime, Size
+from bench.ablations.worlds import SETS
 from dasd_engine.bakeoff_arms import count_tokens, extra_rows, within
 from dasd_engine.bakeoff_runs import Bench
 from dasd_engine.chat import Chat
@@ -46,7 +47,7 @@ class SeedRuns:
 
     def __init__(self, regime: Regime, out: Path, seed: int, step: int, size: Size):
         self.recipe = regime.distill_recipe(out, seed, step)
-        here, data = out / regime.name, out / "data"
+        here, data = out / regime.name, regime.world.data(out)
         self.out, self.n = here / (f"s{seed}-{step}" if step else f"s{seed}"), size.of(regime.rows)
         self.tables: tuple[Table, ...] = (SWEEP,) if step else regime.tables
         self.bench = Bench(
@@ -54,7 +55,7 @@ class SeedRuns:
         )
         self.bench.scores = self.out / "score"
         score(here / "sample", self.recipe.student, self.bench.scores, dtype="fp32", threads=1, quiet=True)
-        self.order = self.bench.order([row["uuid"] for _, row in read_rows(data / f"{regime.name}.jsonl")], 0)
+        self.order = self.bench.order([row["uuid"] for _, row in read_rows(regime.asked(out))], 0)
         self.tokenizer = Chat.load(self.recipe.student).tokenizer
 
     def go(self) -> None:

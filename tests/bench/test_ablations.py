@@ -1,6 +1,7 @@
 """bench.ablations: the arms of the plan, its world, and how claims are judged. Its runs are those of the bake-off."""
 
 import json
+import random
 import re
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,9 +11,13 @@ import torch
 
 from bench.ablations.__main__ import main, wait
 from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, runs
-from bench.ablations.regimes import NOISE, REGIMES, SETS, Regime, Size, make_noisy_teacher, write_data
+from bench.ablations.pilot_task import DIRECT, TEACHER, solve
+from bench.ablations.pilot_task import make_problem as make_story
+from bench.ablations.regimes import REGIMES, Regime, Size
 from bench.ablations.results import begin, collect
+from bench.ablations.worlds import NOISE, PILOT, SETS, make_noisy_teacher
 from dasd_engine.hf import load_model
+from dasd_engine.problems import final_answer, is_right
 from dasd_engine.records import read_rows, write_json, write_rows
 
 SIZE = Size(seeds=3, problems=40, share=0.02)
@@ -63,7 +68,8 @@ def test_the_written_plan_names_every_arm():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ablations")
-    write_data(out, SIZE)
+    for regime in REGIMES:
+        regime.write_data(out, SIZE)
     make_noisy_teacher(out)
     return out
 
@@ -76,6 +82,32 @@ def test_no_problem_of_a_set_is_learnt_or_asked(world):
     assert len(set(a)) == len(set(b)) == SIZE.problems and not set(a) & set(b)
     assert not (set(a) | set(b)) & {*numbers("long"), *numbers("student")}
     assert all(said.count(" ") == 3 for said in b)  # a number and three to add to it or take from it
+
+
+def test_nothing_of_the_pilots_is_asked_twice_or_learnt(world):
+    def asked(name: str) -> list[str]:
+        return [row["input"] for _, row in read_rows(PILOT.data(world) / f"{name}.jsonl")]
+
+    questions = [question for name in ("dev", "questions", *SETS) for question in asked(name)]
+    assert len(set(questions)) == len(questions)
+    assert not set(questions) & {question for name in ("teacher", "easy", "mixed") for question in asked(name)}
+    assert all(question.count(".") == 6 for question in asked("B"))  # a number and five steps
+
+
+def test_a_story_is_worked_out_right_but_for_its_mistakes():
+    rng = random.Random(0)
+    right = {"direct": 0, "teacher": 0}
+    for _ in range(2000):
+        problem = make_story(rng, (3, 4, 5))
+        for name, habits in (("direct", DIRECT), ("teacher", TEACHER)):
+            response = solve(problem, habits, rng)
+            right[name] += is_right(final_answer(response), str(problem.answer))
+            if name == "direct":
+                sums = re.findall(r"(\d+) ([-+]) (\d+) = (\d+) \.", response)
+                assert len(sums) == len(problem.terms)
+                assert all((int(x) + (1 if op == "+" else -1) * int(y) - int(z)) % 100 == 0 for x, op, y, z in sums)
+    assert right["direct"] == 2000
+    assert 0.80 < right["teacher"] / 2000 < 0.90  # a mistake in 8, 4 or 2 % of the steps, a quarter of them found
 
 
 def test_the_noisy_teacher_is_the_shipped_one_at_a_higher_temperature(world):
