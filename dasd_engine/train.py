@@ -41,7 +41,7 @@ from dasd_engine.run import (
     print_summary,
     write_run_files,
 )
-from dasd_kernels import linear_cross_entropy
+from dasd_kernels import gather_rows, linear_cross_entropy
 
 NON_FINITE_LIMIT = 5  # such steps in a row end the run
 
@@ -200,7 +200,8 @@ class Run:
         for i, batch in enumerate(step.batches):
             distributed.last_micro_step(self.model, i == len(step.batches) - 1, self.recipe.run)
             hidden = self.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
-            share = linear_cross_entropy(hidden, self.model.head_weight, batch.labels, reduction="sum") / step.trained
+            rows, labels = gather_rows(hidden, batch.valid), batch.labels[batch.valid]
+            share = linear_cross_entropy(rows, self.model.head_weight, labels, reduction="sum") / step.trained
             share.backward()
             loss += share.detach()
         return loss
