@@ -3,8 +3,9 @@
     python -m bench.cluster --check
 
 Predicted are the seconds of all steps, from what a rank needs for packs of another data set, fitted as o + a·Σl², and
-from collectives timed alone. Ranks beyond the machine's cores share them evenly. Measured is the engine's own step:
-its model, its FSDP, its loss; without data loading and optimizer, which all ways have in common.
+from what a micro-step in which ranks with the same pack meet needs beyond one in which they do not. Ranks beyond the
+machine's cores share them evenly. Measured is the engine's own step: its model, FSDP and loss; without data loading
+and optimizer, which all ways have in common.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from bench.cluster_model import EVERY_MICRO_STEP, FREE, POLICIES, deal, loads_of, plan_epoch, shared_cores
 from dasd_engine import distributed
@@ -36,6 +36,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 CONTEXT, PACKS, DOCUMENTS = 2048, 12, 72
 ROUNDS = 2  # of every way, interleaved; the quicker counts
+MEETINGS = 7  # timed, of each kind; the median counts
+WHOLE = "whole"  # a model that every rank has for itself
 WAYS = [name for name in POLICIES if name != FREE]
 
 
@@ -137,39 +139,43 @@ def fit(model: Decoder, data: Data, busy: bool, world: distributed.World) -> tup
     return float(offset), float(slope), float(np.abs((offset + slope * squares) / seconds - 1).max())
 
 
-def collective_seconds(size: int, world: distributed.World) -> tuple[float, float]:
-    """(gather, reduce) of `size` fp32 parameters over all ranks, each timed alone."""
-    part, whole = torch.zeros(-(-size // world.size)), torch.zeros(-(-size // world.size) * world.size)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    best = [float("inf")] * 2
-    for _ in range(5):
-        for i, (call, out, sent) in enumerate([(gather, whole, part), (reduce, part, whole)]):
+def meeting_seconds(models: dict[str, Decoder], data: Data, world: distributed.World) -> dict[str, float]:
+    """What a micro-step in which the ranks meet needs beyond one of a model that is whole, by `gather`: collectives and
+    FSDP's work around them. All ranks have the same pack, so that none waits for work."""
+    batch = data.batch(0)
+    seconds: dict[str, list[float]] = {gather: [] for gather in models}
+    for i in range(1 + MEETINGS):
+        for gather, model in models.items():
             world.barrier()
             start = time.perf_counter()
-            call(out, sent)
-            best[i] = min(best[i], time.perf_counter() - start)
-    seconds = [total / world.size for total in world.sum(best)]
-    return seconds[0], seconds[1]
+            micro_step(model, batch)
+            world.barrier()
+            if i:  # the first of each is a warm-up
+                seconds[gather].append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=True)
+    median = {gather: float(np.median(each)) for gather, each in seconds.items()}
+    means = [total / world.size for total in world.sum([median[gather] - median[WHOLE] for gather in models])]
+    return dict(zip(models, means, strict=True))
 
 
 def rank_main() -> None:
     options = {gather: RunOptions(gather=gather, compute="fp32", threads=1) for gather in ("step", "layer")}
     with distributed.start(options["step"]) as world:
-        models = {}
+        models = dict[str, Decoder]()
         for gather, option in options.items():
             with torch.device("meta"):
                 model = Decoder(CONFIG)
             models[gather] = distributed.parallelize(model, world, option, torch.float32)
             model.to_empty(device="cpu")
             init_weights(model, 0)
+            distributed.last_micro_step(model, True, option)
         with torch.device("meta"):
             alone = Decoder(CONFIG)
         alone.to_empty(device="cpu")
         init_weights(alone, 0)
         cores = os.cpu_count() or 1
         offset, slope, error = fit(alone, Data(1, world.size), world.rank < cores, world)
-        gather_s, reduce_s = collective_seconds(sum(p.numel() for p in alone.parameters()), world)
+        meeting = meeting_seconds({WHOLE: alone, **models}, Data(1, world.size), world)
         data = Data(0, world.size)
         measured: dict[str, float] = dict.fromkeys(WAYS, float("inf"))
         for _ in range(ROUNDS):
@@ -182,7 +188,7 @@ def rank_main() -> None:
         for policy in WAYS:
             loads = loads_of(policy, data.plan, offset + slope * data.squares)
             meetings = np.count_nonzero(loads.max(axis=2))
-            wire = meetings * (reduce_s + gather_s * (2 if policy in EVERY_MICRO_STEP else 1))
+            wire = meetings * meeting["layer" if policy in EVERY_MICRO_STEP else "step"]
             ways[policy] = {
                 "balance": float(loads.sum() / (world.size * loads.max(axis=2).sum())),
                 "predicted": float(shared_cores(loads, cores).sum() + wire), "measured": measured[policy],
@@ -190,7 +196,7 @@ def rank_main() -> None:
         if world.is_main:
             print(json.dumps({
                 "ranks": world.size, "cores": cores, "packs": data.plan.num_packs, "fit_error": error,
-                "gather_s": gather_s, "reduce_s": reduce_s, "ways": ways,
+                "meeting_s": meeting, "ways": ways,
             }))  # fmt: skip
 
 
