@@ -91,6 +91,7 @@ class Bench:
         self.full, self.quiet = full, quiet
         self.left_out: dict[str, str] = {}  # arms and groups, and why
         self._rows: dict[tuple[Choice, int], dict[str, Rows]] = {}
+        self._most = 0  # runs of a seed
 
     # ------------------------------------------------------------------------------------------ parts of a run
 
@@ -240,6 +241,7 @@ class Bench:
     def seed(self, seed: int, groups: Sequence[Group], ids: Sequence[str], count: int) -> Seed:
         """All runs of a seed: by design and Arm.run."""
         arms = runs_of(groups)
+        self._most = len(DESIGNS) * len(arms)  # arms that agree are one run
         found = self._first_runs([arm for arm in arms if not arm.extra], seed, self.order(ids, seed), count)
         extras = [arm for arm in arms if arm.extra]
         if extras and "mix" not in self.left_out:
@@ -322,7 +324,8 @@ class Bench:
     def _begin(self, seed: int, design: str, arm: Arm) -> Path:
         directory = self._directory(seed, design, arm)
         if not self.quiet and not (directory / MANIFEST).exists():
-            print(f"seed {seed + 1}, equal {design}: {arm.run}", flush=True)
+            done = sum(1 for _ in directory.parents[1].glob(f"*/*/{MANIFEST}"))
+            print(f"seed {seed + 1}, run {done + 1} of at most {self._most}, equal {design}: {arm.run}", flush=True)
         return directory
 
 

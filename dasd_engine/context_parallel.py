@@ -41,8 +41,8 @@ def check(ranks: int, config: ModelConfig, contexts: Iterable[int]) -> None:
 
 
 def part_of(batch: PackedBatch, rank: int, ranks: int) -> PackedBatch:
-    """The tokens, labels and positions of `rank`, [P], and which of these labels are valid; the documents' boundaries and
-    the counts stay the pack's. On CUDA it waits for the batch."""
+    """The tokens, labels and positions of `rank`, [P], and which of these labels are valid; the documents' boundaries
+    and the counts stay the pack's. On CUDA it waits for the batch."""
     begin, end = (i * len(batch.tokens) // ranks for i in (rank, rank + 1))
     own = {name: getattr(batch, name)[begin:end] for name in ("tokens", "labels", "positions")}
     return replace(batch, **own, valid=batch.valid[(begin <= batch.valid) & (batch.valid < end)] - begin)

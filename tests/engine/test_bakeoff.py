@@ -1,6 +1,7 @@
 """bakeoff: the whole command on models of known answers; going on after a kill; what it refuses before it costs."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -99,13 +100,16 @@ def test_run_again_it_prints_the_result_and_trains_nothing(finished, capsys, mon
         bakeoff.main([str(finished), "high.lr=3e-4", *OPTIONS, "--quiet"])
 
 
-def test_a_bakeoff_that_was_killed_goes_on_with_the_runs_it_lacks(finished, monkeypatch):
+def test_a_bakeoff_that_was_killed_goes_on_with_the_runs_it_lacks(finished, capsys):
     out = finished.parent / "run" / "bakeoff"
     before, times = result(finished), {p: p.stat().st_mtime_ns for p in out.glob("runs/*/*/*/manifest.json")}
     lost = out / "runs/s1/samples/teacher_count.high/manifest.json"
     for path in (out / "manifest.json", out / "result.json", out / "runs/s1/manifest.json", lost):
         path.unlink()
-    bakeoff.main([str(finished), *OPTIONS, "--quiet"])
+    bakeoff.main([str(finished), *OPTIONS])
+    (begun,) = re.findall(r"seed (\d+), run (\d+) of at most (\d+), (.*)", capsys.readouterr().out)
+    own = len(list(out.glob("runs/s1/*/*/manifest.json")))
+    assert begun[0] == "2" and int(begun[1]) == own <= int(begun[2]) and begun[3] == "equal samples: teacher_count.high"
     after = result(finished)
     assert {p for p in times if p.stat().st_mtime_ns != times[p]} == {lost}
     assert {**after, "spent": 0} == {**before, "spent": 0}
