@@ -4,9 +4,9 @@
     rows = gather_rows(hidden, batch.valid)
     loss = linear_cross_entropy(rows, weight, batch.labels[batch.valid], reduction="sum")
 
-How many rows are ignored is known on the device alone, and to ask would be to wait: on CUDA `linear_cross_entropy` makes
-its two gradient products over all of them. A batch knows, so that only rows with a label are paid for; a CPU skips
-the others by itself. One kernel each way (csrc/packing/rows.cu) copies 16 bytes a thread where rows allow it.
+How many rows are ignored is known on the device alone, and to ask would be to wait: on CUDA `linear_cross_entropy`
+makes its two gradient products over all of them. A batch knows, so that only rows with a label are paid for; a CPU
+skips the others by itself. One kernel each way (csrc/packing/rows.cu) copies 16 bytes a thread where rows allow it.
 """
 
 from __future__ import annotations
