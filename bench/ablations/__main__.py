@@ -10,7 +10,9 @@
 
 import argparse
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -34,7 +36,7 @@ def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int)
     for regime in regimes:
         regime.write_data(out, size)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=keep_freed_memory) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=begin_worker) as pool:
         # Whoever asks the teacher has a recipe, and so a student.
         worlds = list(dict.fromkeys(regime.world for regime in regimes))
         students = {(regime.world, seed): None for regime in regimes for seed in regime.students(size)}
@@ -49,6 +51,19 @@ def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int)
             pool.submit(measure, regime, out, seed, step, size)
             for regime, step in work for seed in regime.students(size)
         ])  # fmt: skip
+
+
+def begin_worker() -> None:
+    """Ends with the process that began it, also where that is killed: the next start has the directory alone."""
+    keep_freed_memory()
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def wait(work: list[Future[Any]]) -> None:
