@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.test_packing import lognormal
+from bench.lengths import lognormal
 from dasd_engine.config import (
     CheckpointOptions,
     EvaluateOptions,

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 
 from bench.compare import compare
+from bench.lengths import lognormal
 from bench.packers import first_fit, knapsacks, trl_bfd
 from dasd_kernels import PackPlan, assemble_pack, plan_packs
 
 MODEL_COST = (24.1e9, 885e3)  # a 4B decoder: FLOPs a token, FLOPs a token squared
-
-
-def lognormal(n: int, median: float, capacity: int, seed: int = 0) -> np.ndarray:
-    """n document lengths, lognormal with sigma 0.95; longer than the capacity is dropped, as prepare does."""
-    lengths = np.random.default_rng(seed).lognormal(np.log(median), 0.95, size=2 * n).astype(np.int64)
-    return lengths[(lengths >= 1) & (lengths <= capacity)][:n]
 
 
 def quality(plan: PackPlan) -> dict[str, str]:
