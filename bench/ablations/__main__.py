@@ -10,9 +10,7 @@
 
 import argparse
 import multiprocessing
-import os
 import sys
-import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 from bench.ablations.arms import SWEEP, runs
 from bench.ablations.regimes import QUICK, REGIMES, Regime, Size, make_starts
 from bench.ablations.results import begin, collect
-from bench.ablations.runs import ask_teacher, measure
+from bench.ablations.runs import ask_teacher, begin_worker, measure
 from bench.ablations.tables import print_tables
 from dasd_engine.bakeoff_plan import duration
 from dasd_engine.errors import run_cli
-from dasd_engine.heap import keep_freed_memory
 from dasd_engine.records import read_json, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
@@ -51,19 +48,6 @@ def everything(regimes: tuple[Regime, ...], out: Path, size: Size, workers: int)
             pool.submit(measure, regime, out, seed, step, size)
             for regime, step in work for seed in regime.students(size)
         ])  # fmt: skip
-
-
-def begin_worker() -> None:
-    """Ends with the process that began it, also where that is killed: the next start has the directory alone."""
-    keep_freed_memory()
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def wait(work: list[Future[Any]]) -> None:

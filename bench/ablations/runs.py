@@ -8,6 +8,9 @@
                            /runs/    recipe, rows, metrics, answers; a run with a manifest.json is not done again
 """
 
+import multiprocessing
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from bench.ablations.worlds import SETS
 from dasd_engine.bakeoff_arms import count_tokens, extra_rows, within
 from dasd_engine.bakeoff_runs import Bench
 from dasd_engine.chat import Chat
+from dasd_engine.heap import keep_freed_memory
 from dasd_engine.mix import NothingMixed, mix
 from dasd_engine.mixed_policy import hash_uniform
 from dasd_engine.records import MANIFEST, read_json, read_rows, write_json
@@ -25,6 +29,19 @@ from dasd_engine.sample import sample
 from dasd_engine.score import score
 
 CAPPED = 1.5  # times the teacher's length, as published
+
+
+def begin_worker() -> None:
+    """Ends with the process that began it, also where that is killed: the next start has the directory alone."""
+    keep_freed_memory()
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def ask_teacher(regime: Regime, out: Path) -> None:
