@@ -15,16 +15,13 @@ had is kept in OUT/earlier. Nothing is ever deleted.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,7 @@ from dasd_engine.errors import InputError, run_cli
 from dasd_engine.estimate import assumptions, estimate, find_device
 from dasd_engine.evaluation_report import as_report, levels
 from dasd_engine.questions import read_questions, spread
-from dasd_engine.records import MANIFEST, differences, read_json, write_json
+from dasd_engine.records import MANIFEST, differences, lock, read_json, write_json
 from dasd_engine.shards import hash_file
 
 RECORDS, EARLIER = "stages", "earlier"
@@ -147,22 +144,6 @@ class Run:
             if not quiet:
                 print(f"    what was there is kept in {kept}", flush=True)
         os.replace(record, kept.with_name(f"{kept.name}.json"))
-
-
-@contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Hold a directory for one run at a time; its commands use the same file."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another `out`") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{directory}: another run is writing it; wait for it, or choose another `out`") from None
-        yield
 
 
 def _find(names: list[str], wanted: str, last: bool) -> int:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from dasd_engine.errors import InputError
 
@@ -36,22 +36,13 @@ class OutputDirectory:
         self.manifest: dict[str, Any] | None = None
         self._appenders: list[Appender] = []
         self._started = time.monotonic()
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "OutputDirectory":
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: is a file; name a directory")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 (held until __exit__)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise InputError(f"{self.path}: another run is writing it; wait for that or choose another --out") from None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock(self.path, "--out"))
             self._open()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._held = stack.pop_all()  # until __exit__
         return self
 
     def _open(self) -> None:
@@ -71,7 +62,7 @@ class OutputDirectory:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for appender in self._appenders:
             appender.close()
-        self._lock.close()
+        self._held.close()
 
     def appender(self, name: str) -> "Appender":
         self._appenders.append(Appender(self.path / name))
@@ -85,6 +76,25 @@ class OutputDirectory:
         write_json(self.path / MANIFEST, manifest)
         self.manifest = manifest
         return manifest
+
+
+@contextlib.contextmanager
+def lock(directory: Path, named: str = "`out`") -> Iterator[None]:
+    """Hold a directory, made where it is missing, for one run at a time. `named`: what its user calls it.
+
+    Raises InputError where another run holds it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((directory / LOCK).open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another run is writing it; wait for that, or choose another {named}"
+            raise InputError(f"{directory}: {what}") from None
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another {named}") from None
+        yield
 
 
 class Appender:
@@ -176,21 +186,23 @@ def read_finished(directory: str | os.PathLike[str], command: str) -> dict[str, 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with _replacing(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """A JSON Lines file, complete or not at all."""
+    with _replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -6,7 +6,6 @@ what was answered in `evaluation-<label>.jsonl`.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,7 +26,6 @@ from dasd_engine.checkpoint import Progress
 from dasd_engine.config import Recipe
 from dasd_engine.corpus import Corpus, shard_sets
 from dasd_engine.distributed import World, compute_dtype
-from dasd_engine.errors import InputError
 from dasd_engine.evaluate import EvalOptions, ask
 from dasd_engine.evaluate import read as read_problems
 from dasd_engine.evaluation_report import summarize
@@ -78,27 +75,6 @@ class Stop:
             self.requested, self.signal, self._since = True, number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 print("\nsaving after this step; once more stops at once", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def lock(out: Path, world: World) -> Iterator[None]:
-    """Hold `out` for one run at a time."""
-    if not world.is_main:
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"out = {out}: cannot be written ({error.strerror}); choose another directory") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{out}: another run is using this directory; wait for it, or choose another `out`"
-            ) from None
-        yield
 
 
 def clear(out: Path) -> None:

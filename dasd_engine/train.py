@@ -30,12 +30,12 @@ from dasd_engine.model import Decoder
 from dasd_engine.optim import learning_rate, make_optimizer, update
 from dasd_engine.plan import StagePlan, Step, plan_stage
 from dasd_engine.reader import SideStream, read_ahead
+from dasd_engine.records import lock
 from dasd_engine.run import (
     Stop,
     clear,
     evaluate_student,
     identity,
-    lock,
     open_data,
     print_plan,
     print_summary,
@@ -54,7 +54,7 @@ def train(recipe: Recipe, world: World, *, dry_run: bool = False, overwrite: boo
         SystemExit: stopped by a signal, after saving.
     """
     out, display = recipe.out, metrics.Display(world.is_main)
-    with lock(out, world), Stop() as stop:
+    with lock(out) if world.is_main else contextlib.nullcontext(), Stop() as stop:
         if overwrite and not dry_run and world.is_main:
             clear(out)
         world.barrier()

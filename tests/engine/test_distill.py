@@ -23,6 +23,7 @@ from dasd_engine.errors import InputError
 from dasd_engine.estimate import Device, Work, find_device, forward_flops
 from dasd_engine.model import Decoder
 from dasd_engine.model_config import read_config
+from dasd_engine.records import lock
 from dasd_engine.shards import Shards
 
 STAGES = [
@@ -320,7 +321,7 @@ def test_missing_questions_are_named_where_they_were_looked_for(tmp_path):
 
 def test_one_run_at_a_time(finished):
     run = Run(load_distill_recipe(finished))
-    with distill.lock(run.out), pytest.raises(InputError, match="another run is writing it"):
+    with lock(run.out), pytest.raises(InputError, match="another run is writing it"):
         run.go("again", quiet=True)
 
 

@@ -60,6 +60,13 @@ def test_two_runs_on_one_directory(tmp_path):
         pass
 
 
+def test_a_directory_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file/out"):
+        with pytest.raises(InputError, match=f"{path.name}: cannot be written"), OutputDirectory(path, ASKED):
+            pass
+
+
 def test_errors_name_the_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n\n[2]\n')

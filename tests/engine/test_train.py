@@ -228,7 +228,7 @@ def test_one_run_at_a_time_in_a_directory(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another run is using this directory"):
+        with pytest.raises(InputError, match="another run is writing it"):
             run_here(recipe)
 
 
