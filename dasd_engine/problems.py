@@ -91,9 +91,8 @@ def _gym(name: str, questions: list[Question]) -> list[Problem]:
 # ---------------------------------------------------------------------------------------------- answers
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(
-    rf"(?:(?<![\w)])[-+])?(?:{_INTEGER}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?"  # "5-3" holds 3, not -3
-)
+_SIGN = r"(?:(?<![\w)])[-+])?"  # "5-3" holds 3, not -3
+_NUMBER = re.compile(rf"{_SIGN}(?:{_INTEGER}(?:\.\d*)?|\.\d+)(?:[eE](?P<power>[-+]?\d+))?(?:\s*/\s*\d+)?")
 _PHRASE = re.compile(r"answer(?:\s+is|\s*:)\s*:?", re.IGNORECASE)
 
 
@@ -161,7 +160,8 @@ def _normalize(text: str) -> str:
 def _number(text: str) -> Fraction | None:
     """The number that the whole text is, exactly; None when it is anything else."""
     text = _normalize(text)
-    if not _NUMBER.fullmatch(text):
+    found = _NUMBER.fullmatch(text)
+    if not found or len(found["power"] or "") > 5:  # 1e1000000 would be written out
         return None
     over, _, under = text.replace(",", "").partition("/")
     try:

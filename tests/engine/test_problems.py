@@ -61,6 +61,8 @@ def test_right_answers(answer, expected):
         ("1/0", "1"),
         ("there is no number", "3"),
         ("12,34", "1234"),
+        ("1e999999999", "1"),  # as a fraction it would have a thousand million digits
+        ("1e" + "9" * 5000, "1"),
     ],
 )
 def test_wrong_answers(answer, expected):
