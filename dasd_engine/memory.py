@@ -240,6 +240,9 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=79.6, help="memory of a device; an H100 has 79.6")
     args = parser.parse_args()
     config = read_config(args.model)
+    for name in ("ranks", "context", "packs", "replicas", "context_parallel"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.ranks % args.replicas or args.ranks % args.context_parallel:
         raise InputError(f"--replicas and --context-parallel must divide the {args.ranks} ranks")
     context_parallel.check(args.context_parallel, config, [args.context])

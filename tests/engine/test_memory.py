@@ -135,3 +135,6 @@ def test_the_command_tells_every_choice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--replicas", "3"])
     with pytest.raises(InputError, match="must divide the 2 ranks"):
         memory.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--replicas", "0"])
+    with pytest.raises(InputError, match="--replicas 0: must be at least 1"):
+        memory.main()
