@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dasd_engine.errors import InputError
+from dasd_engine.errors import InputError, check_ranges
 
 
 def option(default: Any, doc: str) -> Any:
@@ -175,9 +175,9 @@ def read_table(path: Path, overrides: typing.Sequence[str], missing: str = "no s
 
 def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:
     where = f"stage.{index}"
-    own = {key: value for key, value in stage.items() if key not in ("name", "data")}
     options = [f.name for f in dataclasses.fields(TrainOptions)]
-    check_keys(own, [*options, "name", "data"], path, where)
+    check_keys(stage, [*options, "name", "data"], path, where)
+    own = {key: value for key, value in stage.items() if key not in ("name", "data")}
     if "data" not in stage:
         raise InputError(f"{path}: {where}: no `data`; name a JSONL file or a directory made by dasd_engine.prepare")
     return Stage(
@@ -203,23 +203,35 @@ def _check(recipe: Recipe) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"{recipe.path}: two stages are called {max(names, key=names.count)!r}; names must differ")
     for i, stage in enumerate(recipe.stages):
-        o = stage.train
-        for key, good in {
-            "context": o.context >= 2,
-            "packs_per_step": o.packs_per_step >= 1,
-            "epochs": o.epochs >= 1,
-            "lr": o.lr > 0,
-            "min_lr": 0 <= o.min_lr <= o.lr,
-            "warmup": 0 <= o.warmup <= 1,
-            "clip": o.clip > 0,
-        }.items():
-            if not good:
-                raise InputError(f"{recipe.path}: stage.{i}.{key} = {getattr(o, key)} is out of range")
-    for key in ("replicas", "context_parallel"):
-        if getattr(recipe.run, key) < 1:
-            raise InputError(f"{recipe.path}: run.{key} = {getattr(recipe.run, key)} must be at least 1")
-    if recipe.checkpoint.every < 1 or recipe.checkpoint.keep < 1:
-        raise InputError(f"{recipe.path}: checkpoint.every and checkpoint.keep must be at least 1")
+        check_train(stage.train, f"{recipe.path}: stage.{i}.")
+    check_shared(recipe.path, recipe.run, recipe.checkpoint, recipe.evaluate)
+
+
+def check_train(o: TrainOptions, where: str) -> None:
+    """InputError naming the key of a stage of training that is out of range."""
+    check_ranges(o, {
+        "context": o.context >= 2,
+        "packs_per_step": o.packs_per_step >= 1,
+        "epochs": o.epochs >= 1,
+        "lr": o.lr > 0,
+        "min_lr": 0 <= o.min_lr <= o.lr,
+        "warmup": 0 <= o.warmup <= 1,
+        "clip": o.clip > 0,
+    }, where)  # fmt: skip
+
+
+def check_shared(path: Path, run: RunOptions, checkpoint: CheckpointOptions, evaluate: EvaluateOptions) -> None:
+    """The same of the sections that recipes of train and of distill have both."""
+    least: dict[str, tuple[Any, dict[str, int]]] = {
+        "run": (run, {"replicas": 1, "context_parallel": 1, "threads": 0, "profile": 0}),
+        "checkpoint": (checkpoint, {"every": 1, "keep": 1}),
+        "evaluate": (evaluate, {"limit": 0, "samples": 1, "max_new_tokens": 1}),
+    }
+    for section, (options, keys) in least.items():
+        for key, low in keys.items():
+            if getattr(options, key) < low:
+                raise InputError(f"{path}: {section}.{key} = {getattr(options, key)} must be at least {low}")
+    check_ranges(evaluate, {"temperature": 0 <= evaluate.temperature < float("inf")}, f"{path}: evaluate.")
 
 
 def apply_override(table: dict, override: str) -> None:

@@ -23,6 +23,8 @@ from dasd_engine.config import (
     TrainOptions,
     build,
     check_keys,
+    check_shared,
+    check_train,
     describe_keys,
     option,
     read_table,
@@ -31,7 +33,6 @@ from dasd_engine.config import (
 from dasd_engine.errors import InputError
 from dasd_engine.filters import Filters, Repetition
 from dasd_engine.mix_sampling import MixOptions
-from dasd_engine.mixed_policy import MARKERS
 from dasd_engine.questions import GYM
 from dasd_engine.selection import RULES
 from dasd_engine.sources import SUFFIXES
@@ -218,14 +219,15 @@ def _check(recipe: DistillRecipe) -> None:
         "sample.temperatures": 0 <= low < high,
         "sample.candidates": recipe.sample.candidates >= 1,
         "sample.limit": recipe.sample.limit >= 0,
-        "mix.ratio": recipe.mix.ratio[0] >= 0 and recipe.mix.ratio[1] > 0,
-        "mix.cap": recipe.mix.cap > 0,
-        "mix.markers": recipe.mix.markers in MARKERS,
     }.items():
         if not good:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(recipe, section) if section else recipe, name)
             raise wrong(f"{key} = {json.dumps(value)} is out of range")
+    for name, options in recipe.train.items():
+        check_train(options, f"{recipe.path}: {name}.")
+    recipe.mix_options().check(f"{recipe.path}: mix.")
+    check_shared(recipe.path, recipe.run, recipe.checkpoint, recipe.evaluate)
 
 
 def describe() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dasd_engine.errors import InputError
+from dasd_engine.errors import check_ranges
 
 _CELL = 256  # columns that are summed in fp32 before fp64 takes over
 _LIKELIEST = 1024  # columns that top-p sorts at first; most distributions need no more
@@ -34,13 +34,11 @@ class How:
 
     def check(self) -> None:
         """Raises InputError naming the value that is out of range."""
-        for name, good in (
-            ("temperature", 0 <= self.temperature < float("inf")),
-            ("top_p", 0 < self.top_p <= 1),
-            ("top_k", self.top_k >= 0),
-        ):
-            if not good:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range")
+        check_ranges(self, {
+            "temperature": 0 <= self.temperature < float("inf"),
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+        })  # fmt: skip
 
 
 def draw(logits_NV: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
 from dasd_engine.config import apply_override, build
-from dasd_engine.errors import InputError, run_cli
+from dasd_engine.errors import InputError, check_ranges, run_cli
 from dasd_engine.evaluation_report import (
     FAILED,
     RESPONSES,
@@ -72,14 +72,12 @@ class EvalOptions:
     scorer: str = "auto"  # of problems that bring none
 
     def check(self) -> None:
-        for name, good in (
-            ("samples", self.samples >= 1),
-            ("temperatures", self.temperatures and all(0 <= t < float("inf") for t in self.temperatures)),
-            ("top_p", 0 < self.top_p <= 1),
-            ("max_new_tokens", self.max_new_tokens >= 1),
-        ):
-            if not good:
-                raise InputError(f"{name} = {getattr(self, name)} is out of range")
+        check_ranges(self, {
+            "samples": self.samples >= 1,
+            "temperatures": bool(self.temperatures) and all(0 <= t < float("inf") for t in self.temperatures),
+            "top_p": 0 < self.top_p <= 1,
+            "max_new_tokens": self.max_new_tokens >= 1,
+        })  # fmt: skip
         if len(set(self.temperatures)) < len(self.temperatures):
             raise InputError(f"temperatures = {self.temperatures}: one is named twice; samples gives more responses")
 

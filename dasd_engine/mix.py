@@ -69,7 +69,7 @@ def mix(
     `off_policy`: a directory or file as `source`, of which rows are put beside; by default `source` itself. `device`
     and `dtype` ("fp32", "bf16") are the student's. Raises InputError for bad input and for a teacher that is down.
     """
-    _check(options)
+    options.check()
     given = open_source(source)
     beside = given if off_policy is None else open_source(off_policy)
     if not beside.responses:
@@ -233,22 +233,6 @@ def _chosen(tasks: list[Task], options: MixOptions) -> list[Task]:
     ranked = sorted(tasks, key=lambda task: (hash_uniform(options.seed, task.id, "question"), task.id))
     kept = {task.id for task in ranked[: options.questions]}
     return [task for task in tasks if task.id in kept]
-
-
-def _check(o: MixOptions) -> None:
-    for name, good in {
-        "cap": o.cap > 0,
-        "temperature": o.temperature >= 0,
-        "top_p": 0 < o.top_p <= 1,
-        "teacher_temperature": o.teacher_temperature >= 0,
-        "ratio": o.ratio[0] >= 0 and o.ratio[1] > 0,
-        "continuation": o.continuation in ("prefill", "instruct"),
-        "markers": o.markers in MARKERS,
-        "questions": o.questions >= 0,
-        "max_new_tokens": o.max_new_tokens >= 0,
-    }.items():
-        if not good:
-            raise InputError(f"{name} = {getattr(o, name)} is out of range")
 
 
 def _hashes(model: Path) -> dict[str, str]:

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, with_system
 from dasd_engine.draw import How
+from dasd_engine.errors import check_ranges
 from dasd_engine.filters import Drop, Filters
 from dasd_engine.generate import Prompt, generate_stream
 from dasd_engine.hf import load_model
 from dasd_engine.mix_input import Task
-from dasd_engine.mixed_policy import Cut, as_instruction, as_prefill, cut, hash_uniform, refusal, token_cap
+from dasd_engine.mixed_policy import MARKERS, Cut, as_instruction, as_prefill, cut, hash_uniform, refusal, token_cap
 from dasd_engine.records import OutputDirectory, read_rows
 from dasd_engine.teachers import Failed, Request, TeacherOptions, open_teacher
 
@@ -45,6 +46,20 @@ class MixOptions:
     seed: int = 0
     system: str = DEFAULT_SYSTEM
     filters: Filters = field(default_factory=Filters)
+
+    def check(self, where: str = "") -> None:
+        """InputError naming the value that is out of range."""
+        check_ranges(self, {
+            "cap": self.cap > 0,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "teacher_temperature": self.teacher_temperature >= 0,
+            "ratio": self.ratio[0] >= 0 and self.ratio[1] > 0,
+            "continuation": self.continuation in ("prefill", "instruct"),
+            "markers": self.markers in MARKERS,
+            "questions": self.questions >= 0,
+            "max_new_tokens": self.max_new_tokens >= 0,
+        }, where)  # fmt: skip
 
 
 class Sampling:

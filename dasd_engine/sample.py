@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
-from dasd_engine.errors import InputError, run_cli
+from dasd_engine.errors import InputError, check_ranges, run_cli
 from dasd_engine.questions import Question, identify, read_questions, spread
 from dasd_engine.records import MANIFEST, Appender, OutputDirectory, read_rows
 from dasd_engine.teachers import (
@@ -202,15 +202,13 @@ def request_seed(seed: int, id: str, temperature: float, candidate: int) -> int:
 
 def _check(asked: SampleOptions) -> None:
     temperatures = asked.temperatures
-    for name, good in (
-        ("candidates", asked.candidates >= 1),
-        ("temperatures", bool(temperatures) and all(0 <= t < float("inf") for t in temperatures)),
-        ("top_p", 0 < asked.top_p <= 1),
-        ("top_k", asked.top_k >= 0),
-        ("max_new_tokens", asked.max_new_tokens >= 1),
-    ):
-        if not good:
-            raise InputError(f"{name} = {getattr(asked, name)} is out of range")
+    check_ranges(asked, {
+        "candidates": asked.candidates >= 1,
+        "temperatures": bool(temperatures) and all(0 <= t < float("inf") for t in temperatures),
+        "top_p": 0 < asked.top_p <= 1,
+        "top_k": asked.top_k >= 0,
+        "max_new_tokens": asked.max_new_tokens >= 1,
+    })  # fmt: skip
     if len(set(temperatures)) < len(temperatures):
         raise InputError(f"temperatures = {temperatures}: one is named twice; candidates gives more responses to each")
     if 0 in temperatures and asked.candidates > 1:

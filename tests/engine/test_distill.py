@@ -296,6 +296,10 @@ def test_hours_are_flops_over_the_peak_and_the_assumed_utilisation():
         ("teacher.urls=3", "teacher.urls = 3: must be a list"),
         ("mix.markers=xml", "must be one of 'think', 'harmony'"),
         ("ranks=0", "ranks = 0 is out of range"),
+        ("train.lr=0.0", "low.lr = 0.0 is out of range"),
+        ("mixed.warmup=2.0", "mixed.warmup = 2.0 is out of range"),
+        ("evaluate.temperature=-1.0", "evaluate.temperature = -1.0 is out of range"),
+        ("mix.top_p=0.0", "mix.top_p = 0.0 is out of range"),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_runs(tmp_path, override, message):
