@@ -111,8 +111,7 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe, looked up beside the recipe file."""
-        return (self.path.parent / Path(path).expanduser()).resolve()
+        return beside(self.path, path)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON. Paths become strings."""
@@ -171,6 +170,11 @@ def read_table(path: Path, overrides: typing.Sequence[str], missing: str = "no s
     for override in overrides:
         apply_override(table, override)
     return table
+
+
+def beside(recipe: Path, path: str) -> Path:
+    """A path of a recipe, looked up beside the recipe file."""
+    return (recipe.parent / Path(path).expanduser()).resolve()
 
 
 def _stage(train: dict, stage: dict, path: str, index: int) -> Stage:

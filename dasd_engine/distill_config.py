@@ -21,6 +21,7 @@ from dasd_engine.config import (
     ModelOptions,
     RunOptions,
     TrainOptions,
+    beside,
     build,
     check_keys,
     check_shared,
@@ -144,8 +145,7 @@ class DistillRecipe:
         return not name.startswith(GYM) and (named or self.resolve(name).exists())
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe, looked up beside the recipe file."""
-        return (self.path.parent / Path(path).expanduser()).resolve()
+        return beside(self.path, path)
 
     def filters_of(self, stage: str) -> Filters:
         f = self.filters

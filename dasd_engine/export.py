@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dasd_engine.checkpoint import completed, load_model_only
+from dasd_engine.config import beside
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.hf import read_config, save_model
 from dasd_engine.model import Decoder
@@ -26,14 +27,14 @@ def export(run: Path, out: Path, *, checkpoint: str | None = None, dtype: torch.
         InputError: `run` is not a run directory, or has no such checkpoint; names those it has.
     """
     try:
-        recipe = json.loads((run / "recipe.json").read_text())
+        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{run}/recipe.json: {error}; give the `out` directory of a dasd_engine.train run") from None
     found = {path.name: path for path in completed(run / "checkpoints")}
     name = checkpoint or max(found, default="")
     if name not in found:
         raise InputError(f"{run}: no checkpoint {name or 'at all'}; complete ones: {', '.join(found) or 'none'}")
-    source = Path(recipe["path"]).parent / recipe["model"]["path"]
+    source = beside(Path(recipe["path"]), recipe["model"]["path"])
     model = Decoder(read_config(source))
     load_model_only(found[name], model)
     save_model(model, out, dtype=dtype, source=source)

@@ -1,6 +1,7 @@
 """Training: its results do not depend on how the work is cut, spread, interrupted or resumed."""
 
 import json
+import os
 import random
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from runs import rows, run, run_here, run_with, weights, write_recipe, write_shards, write_student
 
 from dasd_engine.errors import InputError
+from dasd_engine.metrics import MetricsLog
 
 
 @pytest.fixture
@@ -188,11 +190,22 @@ def test_documents_that_see_each_other_are_a_choice(recipe, tmp_path):
     assert abs(isolated[-1][0] - joined[-1][0]) > 1e-5
 
 
-def test_non_finite_steps_are_skipped_and_five_in_a_row_stop_the_run(recipe, tmp_path):
+def test_the_log_of_a_run_that_goes_on_is_replaced_whole(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"st'
+    path.write_text(lines)
+    os.link(path, tmp_path / "kept")  # the file that a kill in the middle would leave
+    MetricsLog(tmp_path, resume_after=1).close()
+    assert path.read_text() == '{"step": 1}\n' and (tmp_path / "kept").read_text() == lines
+
+
+def test_non_finite_steps_are_skipped_and_five_in_a_row_stop_the_run(recipe, tmp_path, monkeypatch):
+    closed, close = [], MetricsLog.close
+    monkeypatch.setattr(MetricsLog, "close", lambda log: (closed.append(log), close(log)))
     with pytest.raises(InputError, match=r"not finite in 5 steps in a row.*nonfinite.json"):
         run_here(recipe, "train.lr=1e38", "train.epochs=20", "train.warmup=0.0")
     written = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert len(written["documents"]) == 5 and all(written["documents"])
+    assert len(closed) == 1  # TensorBoard writes what it holds when it is closed
 
 
 def test_a_resumed_run_must_be_the_same_run(recipe, tmp_path):
@@ -232,7 +245,7 @@ def test_one_run_at_a_time_in_a_directory(recipe, tmp_path):
             run_here(recipe)
 
 
-def test_any_checkpoint_can_be_exported(recipe, tmp_path):
+def test_any_checkpoint_can_be_exported(recipe, tmp_path, monkeypatch):
     from dasd_engine.export import export
 
     out = run_here(recipe)
@@ -244,6 +257,9 @@ def test_any_checkpoint_can_be_exported(recipe, tmp_path):
         export(out, tmp_path / "none", checkpoint="step-99")
     with pytest.raises(InputError, match="give the `out` directory"):
         export(tmp_path, tmp_path / "none")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = run_here(recipe, "model.path=~/student", f"out={tmp_path / 'home'}", "train.epochs=1")
+    export(out, tmp_path / "of-home")
 
 
 def test_a_trace_of_steps_is_written_on_request(recipe):
