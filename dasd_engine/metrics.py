@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from dasd_engine.model import ModelConfig
+from dasd_engine.records import replacing
 
 # Dense bf16 peaks of the data sheets, in FLOP/s, by a part of the device's name.
 PEAKS = {
@@ -93,7 +94,8 @@ class MetricsLog:
         self.path = out / "metrics.jsonl"
         if self.path.exists():
             rows = [line for line in self.path.read_text().splitlines() if _step_of(line) <= resume_after]
-            self.path.write_text("".join(f"{row}\n" for row in rows))
+            with replacing(self.path) as file:
+                file.writelines(f"{row}\n" for row in rows)
         self._file = self.path.open("a", buffering=1)
         self._failed = False
         self._board: Any = None

@@ -186,19 +186,19 @@ def read_finished(directory: str | os.PathLike[str], command: str) -> dict[str, 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Complete or not at all."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """A JSON Lines file, complete or not at all."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A file that takes the place of `path` once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:

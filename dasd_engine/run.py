@@ -34,7 +34,7 @@ from dasd_engine.metrics import Display
 from dasd_engine.model import Decoder, ModelConfig
 from dasd_engine.plan import StagePlan
 from dasd_engine.prepare import prepare
-from dasd_engine.records import write_rows
+from dasd_engine.records import read_json, write_json, write_rows
 from dasd_engine.teacher_local import LocalTeacher
 from dasd_engine.teachers import TeacherOptions
 
@@ -131,8 +131,8 @@ def write_run_files(recipe: Recipe, world: World) -> None:
         "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
         "git": _git_state(),
     }  # fmt: skip
-    (recipe.out / "recipe.json").write_text(json.dumps(recipe.as_dict(), indent=1) + "\n")
-    (recipe.out / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(recipe.out / "recipe.json", recipe.as_dict())
+    write_json(recipe.out / "run.json", facts)
 
 
 def _git_state() -> str | None:
@@ -150,7 +150,7 @@ def _git_state() -> str | None:
 def evaluate_student(recipe: Recipe, directory: Path | None, label: str, world: World, display: Display) -> None:
     """Measure the student in `directory` (None: before training) on the recipe's problems, into evaluation.json."""
     o, path = recipe.evaluate, recipe.out / "evaluation.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     if o.problems and world.is_main and label not in results:
         source = recipe.resolve(recipe.model.path)
         if directory is None and recipe.model.init == "random":
@@ -168,7 +168,7 @@ def evaluate_student(recipe: Recipe, directory: Path | None, label: str, world: 
             responses = ask(student, problems, asked)
         results[label] = asdict(summarize(responses)[0])
         write_rows(recipe.out / f"evaluation-{label}.jsonl", map(asdict, responses))
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(path, results)
         display.say(f"{label} training: {_score(results[label])}")
     world.barrier()
 
@@ -213,7 +213,7 @@ def print_summary(recipe: Recipe, export: Path, progress: Progress, display: Dis
                     f"{progress.seconds:.0f} s of training")  # fmt: skip
     evaluation = recipe.out / "evaluation.json"
     if evaluation.exists():
-        for label, result in json.loads(evaluation.read_text()).items():
+        for label, result in read_json(evaluation).items():
             display.say(f"{label:>6}: {_score(result)}")
     if progress.skipped:
         display.say(f"{progress.skipped} steps were skipped: their loss or gradient was not finite")

@@ -117,6 +117,17 @@ class Run:
         self.log = (
             metrics.MetricsLog(self.recipe.out, resume_after=self.progress.total_step) if self.world.is_main else None
         )
+        try:
+            last = self.run_stages()
+        finally:
+            if self.log:
+                self.log.close()
+        evaluate_student(self.recipe, last, "after", self.world, self.display)
+        print_summary(self.recipe, last, self.progress, self.display)
+        return last
+
+    def run_stages(self) -> Path:
+        """The stages that are not yet done, each exported at its end; returns the last one's directory."""
         export = self.recipe.out / "export"
         while self.progress.stage < len(self.plans):
             plan = self.plans[self.progress.stage]
@@ -131,12 +142,7 @@ class Run:
             if self.world.sum([float(self.world.is_main and not directory.exists())])[0]:
                 save_model(self.model, directory, dtype=self.dtype, source=self.source)
             self.next_stage()
-        if self.log:
-            self.log.close()
-        last = export / self.plans[-1].stage.name
-        evaluate_student(self.recipe, last, "after", self.world, self.display)
-        print_summary(self.recipe, last, self.progress, self.display)
-        return last
+        return export / self.plans[-1].stage.name
 
     def run_stage(self, plan: StagePlan) -> None:
         """The steps of one stage that are not yet done, or those up to a signal."""
