@@ -106,13 +106,12 @@ def evaluate(
         "parameters": asdict(asked),
     }
     with OutputDirectory(out, wanted) as output:
-        path = output.path / RESPONSES
-        if output.manifest is not None and not retry_failed:
-            return summarize(read_responses(path))
-        (output.path / MANIFEST).unlink(missing_ok=True)
-        rows = output.appender(RESPONSES)
+        path, rows = output.path / RESPONSES, output.appender(RESPONSES)
         before = read_responses(path) if path.stat().st_size else []
         there = {r.key: r for r in before if not (retry_failed and r.finish_reason == FAILED)}
+        if output.manifest is not None and len(there) == len(before):
+            return summarize(before)
+        (output.path / MANIFEST).unlink(missing_ok=True)
         with closing(open_teacher(model)) as teacher:
             for response in respond(teacher, found, asked, list(there.values()), progress):
                 rows.write(asdict(response))

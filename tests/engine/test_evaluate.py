@@ -187,6 +187,14 @@ def test_a_directory_of_responses_goes_on_where_it_was_killed(here, tmp_path, ca
         run(here, tmp_path / "whole", "--samples", "3")
 
 
+def test_where_nothing_has_failed_nothing_is_asked_again(here, tmp_path, monkeypatch):
+    run(here, tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    monkeypatch.setattr(command, "open_teacher", lambda options: pytest.fail("the model was opened"))
+    run(here, tmp_path / "out", "--retry-failed")
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
 def test_a_served_model_is_evaluated_the_same_way_and_failures_are_asked_again(here, tmp_path, capsys):
     pytest.importorskip("httpx2", reason="the extra `server` is not installed")
     with FakeServer() as server:
