@@ -45,7 +45,7 @@ def make(n: int, d: int, v: int, ignored: float = 0.0) -> tuple[Tensor, Tensor, 
 
 
 def make_realistic(n: int, d: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frequencies by Zipf's law, logits to about 10, 3.7 nats of entropy, labels drawn from the model."""
+    """Frequencies by Zipf's law, logits to about 10, 3.8 nats of entropy, labels drawn from the model."""
     hidden, weight, _ = (t.detach() for t in make(n, d, v))
     hidden[:, 0] = 1
     weight *= 1.7

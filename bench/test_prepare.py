@@ -2,6 +2,7 @@
 
 The peer encodes the same responses, already in memory, whole and with all threads of `tokenizers`: no JSON, no
 template, no files. Memory is the resident set of all processes together, pages they share counted every time.
+The tokeniser is looked up in ../shared/data/qwen3-tokenizer beside the clone; without it the suite is skipped.
 """
 
 from __future__ import annotations
