@@ -6,14 +6,12 @@ plain values: what has the same identity need not run again. URLs of servers, de
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +25,10 @@ from dasd_engine.records import MANIFEST, write_json
 from dasd_engine.sample import sample
 from dasd_engine.score import score
 from dasd_engine.select import select
-from dasd_engine.shards import hash_file
+from dasd_engine.shards import hash_file, hash_files
 from dasd_engine.teachers import TeacherOptions, identify_teacher
 
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-               "chat_template.jinja", "*.safetensors")  # fmt: skip
+TEXT_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -298,11 +295,4 @@ def hash_model(directory: Path, text: bool = False) -> dict[str, str]:
     """Hashes of a model's files; `text`: of the tokenizer and the template alone."""
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: no config.json there; name the directory of a Hugging Face model")
-    files = sorted(file for pattern in MODEL_FILES for file in directory.glob(pattern))
-    kept = [file for file in files if not text or (file.suffix != ".safetensors" and file.name != "config.json")]
-    return {file.name: _hash(file, os.stat(file).st_mtime_ns) for file in kept}
-
-
-@cache
-def _hash(file: Path, changed: int) -> str:
-    return hash_file(file)
+    return hash_files(directory, TEXT_FILES if text else (*TEXT_FILES, "config.json", "*.safetensors"))

@@ -26,6 +26,8 @@ from dasd_engine.errors import InputError
 from dasd_engine.model import Decoder
 from dasd_engine.model_config import config_json, read_config
 
+# What a model's answers and a text's tokens depend on, for manifests that must know it again.
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json")

@@ -34,16 +34,16 @@ from dasd_engine.chat import DEFAULT_SYSTEM, Chat, Prefix
 from dasd_engine.config import apply_override, build
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Drop, Filters, Repetition, examine
+from dasd_engine.hf import MODEL_FILES
 from dasd_engine.mix_input import Source, Task, open_source
 from dasd_engine.mix_sampling import CONTINUATIONS, DTYPES, ROLLOUTS, MixOptions, Sampling
 from dasd_engine.mixed_policy import MARKERS, hash_uniform, join, token_cap
 from dasd_engine.records import OutputDirectory, write_rows
-from dasd_engine.shards import hash_file
+from dasd_engine.shards import hash_file, hash_files
 from dasd_engine.sources import as_context
 from dasd_engine.teachers import TeacherOptions, identify_teacher, parse_teacher
 
 DROPPED, MIXED = "dropped.jsonl", "mixed.jsonl"
-_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
 _REASONS = ("no_room", "special_token", "teacher_failed", *REASONS, "prefix_changed")
 
 
@@ -81,7 +81,8 @@ def mix(
     asked = {
         "command": "mix",
         "inputs": {
-            "responses": hash_file(given.file), "off_policy": hash_file(beside.file), "student": _hashes(student),
+            "responses": hash_file(given.file), "off_policy": hash_file(beside.file),
+            "student": hash_files(student, MODEL_FILES),
         },
         "parameters": {**asdict(options), "dtype": dtype, "teacher": identify_teacher(teacher)},
     }  # fmt: skip
@@ -233,11 +234,6 @@ def _chosen(tasks: list[Task], options: MixOptions) -> list[Task]:
     ranked = sorted(tasks, key=lambda task: (hash_uniform(options.seed, task.id, "question"), task.id))
     kept = {task.id for task in ranked[: options.questions]}
     return [task for task in tasks if task.id in kept]
-
-
-def _hashes(model: Path) -> dict[str, str]:
-    files = sorted(file for pattern in _MODEL_FILES for file in model.glob(pattern))
-    return {file.name: hash_file(file) for file in files}
 
 
 def summary(out: Path, counts: dict[str, Any]) -> str:

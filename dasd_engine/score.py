@@ -37,19 +37,18 @@ from dasd_engine.chat import DEFAULT_SYSTEM, Chat, load_tokenizer
 from dasd_engine.config import RunOptions
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.hf import load_model
+from dasd_engine.hf import MODEL_FILES, load_model
 from dasd_engine.model_config import read_config
 from dasd_engine.records import Appender, OutputDirectory, read_finished
 from dasd_engine.released import TeacherLogprobs, is_released, read_released
 from dasd_engine.scorable import PARTS, Candidate, Preparer, Scorable, Unscorable, read_candidate
 from dasd_engine.score_parts import LOGPROBS, index, merge, part_file, remove_parts
 from dasd_engine.sentence_scores import Scorer, score_row
-from dasd_engine.shards import hash_file
+from dasd_engine.shards import hash_file, hash_files
 
 CANDIDATES = "candidates.jsonl"
 LINE_BYTES = 64  # of the candidates' lines a token of a batch; a rank takes lines in chunks of about two batches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
 
 
 def score(
@@ -89,13 +88,7 @@ def score(
         preparer = _preparer(Path(student_dir), teacher_tokenizer, parameters)
 
         def open_output() -> OutputDirectory:
-            inputs = {
-                "candidates": hash_file(source),
-                "student": _hashes(Path(student_dir)),
-                "distilled": _hashes(Path(distilled_dir)) if distilled_dir else None,
-                "teacher_tokenizer": hash_file(_tokenizer_file(teacher_tokenizer)) if teacher_tokenizer else None,
-                "teacher_logprobs": [hash_file(path) for path in teacher_logprobs or []],
-            }
+            inputs = _inputs(source, Path(student_dir), distilled_dir, teacher_tokenizer, teacher_logprobs or [])
             return stack.enter_context(OutputDirectory(out, {"inputs": inputs, "parameters": parameters}))
 
         output, manifest, done = _start(world, open_output)
@@ -103,7 +96,7 @@ def score(
             if world.is_main and not quiet:
                 print(f"{out}: already scored from these inputs, nothing to do")
             return manifest
-        scorer = _scorer(Path(student_dir), distilled_dir, preparer, where, DTYPES[dtype])
+        scorer = _scorer(Path(student_dir), distilled_dir, where, DTYPES[dtype])
         teacher = stack.enter_context(TeacherLogprobs(teacher_logprobs)) if teacher_logprobs else None
         job = Job(source, Path(out), preparer, scorer, teacher, parameters)
         job.run(world, done, quiet)
@@ -254,6 +247,20 @@ def _check(parameters: dict[str, Any]) -> None:
         raise InputError(f"part {parameters['part']}: must be one of {', '.join(PARTS)}")
 
 
+def _inputs(
+    source: Path, student: Path, distilled: str | os.PathLike[str] | None, tokenizer: str | os.PathLike[str] | None,
+    logprobs: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """All that is read, by its hashes."""
+    return {
+        "candidates": hash_file(source),
+        "student": hash_files(student, MODEL_FILES),
+        "distilled": hash_files(Path(distilled), MODEL_FILES) if distilled else None,
+        "teacher_tokenizer": hash_file(_tokenizer_file(tokenizer)) if tokenizer else None,
+        "teacher_logprobs": [hash_file(path) for path in logprobs],
+    }
+
+
 def _tokenizer_file(directory: str | os.PathLike[str]) -> Path:
     path = Path(directory)
     return path / "tokenizer.json" if path.is_dir() else path
@@ -276,9 +283,8 @@ def _preparer(student: Path, teacher: str | os.PathLike[str] | None, parameters:
 
 
 def _scorer(
-    student: Path, distilled: str | os.PathLike[str] | None, preparer: Preparer, device: torch.device,
-    dtype: torch.dtype,
-) -> Scorer:  # fmt: skip
+    student: Path, distilled: str | os.PathLike[str] | None, device: torch.device, dtype: torch.dtype
+) -> Scorer:
     models = [load_model(student, dtype=dtype, device=device)]
     if distilled:
         file = Path(distilled) / "tokenizer.json"
@@ -286,11 +292,6 @@ def _scorer(
             raise InputError(f"{file}: is not the student's tokenizer; --distilled is the same student after training")
         models.append(load_model(Path(distilled), dtype=dtype, device=device))
     return Scorer(models)
-
-
-def _hashes(model: Path) -> dict[str, str]:
-    files = sorted(file for pattern in MODEL_FILES for file in model.glob(pattern))
-    return {file.name: hash_file(file) for file in files}
 
 
 # ---------------------------------------------------------------------------------------------- ranks and files

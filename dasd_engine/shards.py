@@ -15,6 +15,7 @@ nothing that looks complete. The reader maps the files into memory.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import mmap
@@ -257,9 +258,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file, read in pieces. InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def hash_files(directory: Path, patterns: Sequence[str]) -> dict[str, str]:
+    """sha256 of the files that fit, by name. Weights are long to read: once, while they stay the same."""
+    files = sorted(file for pattern in patterns for file in directory.glob(pattern))
+    return {file.name: _hash_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache
+def _hash_once(file: Path, size: int, changed: int) -> str:
+    return hash_file(file)
 
 
 class _HashedFile:

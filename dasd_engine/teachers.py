@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,7 +24,7 @@ from typing import Any, Literal, Protocol
 from dasd_engine.chat import Chat, Message, response_text
 from dasd_engine.config import option
 from dasd_engine.errors import InputError
-from dasd_engine.shards import hash_file
+from dasd_engine.shards import hash_files
 from dasd_engine.token_text import TokenText
 from dasd_engine.tokens import TextEncoder
 
@@ -160,16 +159,8 @@ def identify_teacher(options: TeacherOptions) -> dict[str, Any]:
         found["dtype"] = options.dtype
         patterns = (*_TEMPLATE_FILES, "config.json", "*.safetensors")
     if options.path or options.kind != "server":
-        folder = model_directory(options.path)
-        files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-        found["files"] = {file.name: _hash(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+        found["files"] = hash_files(model_directory(options.path), patterns)
     return found
-
-
-@cache
-def _hash(file: Path, size: int, changed: int) -> str:
-    """Weights are long to read: once, while they stay the same."""
-    return hash_file(file)
 
 
 def model_directory(path: str) -> Path:

@@ -275,6 +275,7 @@ def test_files_that_are_wrong_are_refused(tmp_path, student):
     file.write_text(json.dumps(good) + "\n")
     refused("part middle: must be one of", file, part="middle")
     refused("beta 2: must be from 0 to 1", file, beta=2)
+    refused("gone.jsonl: cannot be read: No such file", file, teacher_logprobs=[tmp_path / "gone.jsonl"])
 
 
 def test_a_model_without_numbers_is_told(tmp_path):
