@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from dasd_engine.bakeoff_arms import DESIGNS, Group
+from dasd_engine.bakeoff_arms import Group
 from dasd_engine.bakeoff_plan import Plan, duration
-from dasd_engine.comparisons import of_bakeoff, points
-from dasd_engine.evaluation_report import EvalReport, percent
-from dasd_engine.paired import POWER, Pair, against
+from dasd_engine.comparisons import Comparison, of_bakeoff, points
+from dasd_engine.evaluation_report import EvalReport, percent, print_table
+from dasd_engine.paired import POWER
 
 
 def print_plan(
@@ -37,8 +36,8 @@ def print_result(result: dict[str, Any]) -> None:
     )
     if result["seeds"] < result["plan"]["seeds"]:
         print(f"the plan had {result['plan']['seeds']} seeds; another would have passed the budget")
-    for (name, group), comparison in zip(result["groups"].items(), of_bakeoff(result), strict=True):
-        _print_group(name, group)
+    for comparison in of_bakeoff(result):
+        _print_comparison(comparison)
         for line in comparison.said:
             print(f"  {line}")
     for name, reason in result["left_out"].items():
@@ -46,31 +45,20 @@ def print_result(result: dict[str, Any]) -> None:
     print("\nrecipe lines:\n" + result["paste"])
 
 
-def _print_group(name: str, group: dict[str, Any]) -> None:
-    reference = group["reference"]
-    table = Table(title=f"{name}: above {reference}, 95 % for all intervals together", title_justify="left")
+def _print_comparison(comparison: Comparison) -> None:
+    table = Table(title=f"{comparison.title}, 95 % for all intervals together", title_justify="left")
     table.add_column("arm")
-    for design in DESIGNS:
-        for column in (f"equal {design}: pass@1", "difference", "interval", "tokens"):
+    for one in comparison.series:
+        for column in (f"{one.name}: pass@1", "difference", "interval", "tokens"):
             table.add_column(column, justify="right")
-    found = {
-        design: against([Pair(**{**pair, "interval": tuple(pair["interval"])}) for pair in pairs], reference)
-        for design, pairs in group["pairs"].items()
-    }
-    for arm in group["pass_at_1"][DESIGNS[0]]:
+    for arm in comparison.arms:
         cells = []
-        for design in DESIGNS:
-            pair = found[design].get(arm)
-            cells += [percent(group["pass_at_1"][design][arm])]
-            cells += [_signed(pair.difference), _range(pair.interval)] if pair else ["", ""]
-            cells += [f"{group['tokens'][design][arm]:,.0f}"]
+        for one in comparison.series:
+            difference, low, high = map(_signed, one.against.get(arm, (0.0, 0.0, 0.0)))
+            above = [difference, f"{low} – {high}"] if arm in one.against else ["", ""]
+            cells += [percent(one.pass_at_1[arm]), *above, f"{one.tokens[arm]:,.0f}"]
         table.add_row(arm, *cells)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)  # a log has no width
-
-
-def _range(interval: tuple[float, float]) -> str:
-    return " – ".join(map(_signed, interval))
+    print_table(table)
 
 
 def _signed(share: float) -> str:

@@ -25,14 +25,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dasd_engine.distill_config import DistillRecipe, describe, load_distill_recipe
 from dasd_engine.distill_stages import Stage, stages_of
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.estimate import assumptions, estimate, find_device
-from dasd_engine.evaluation_report import as_report, levels
+from dasd_engine.evaluation_report import as_report, levels, percent, print_table
 from dasd_engine.questions import read_questions, spread
 from dasd_engine.records import MANIFEST, differences, lock, read_json, write_json
 from dasd_engine.shards import hash_file
@@ -195,7 +194,7 @@ def print_plan(run: Run, device: str | None, tflops: float | None, response_toke
             _number(w.tokens), "?" if w.flops is None else _number(w.flops / 1e15) if w.use else "",
             "?" if hours is None else _number(hours) if w.use else "",
         )  # fmt: skip
-    _print(table)
+    print_table(table)
     print(f"{_number(total)} hours ({_duration(3600 * total)}) for what is left")
     unknown = any(w.flops is None for name, w in work.items() if name in known)
     for line in assumptions(where, None if sampled else mean, recipe.mix.enabled, unknown):
@@ -215,10 +214,10 @@ def print_summary(run: Run, known: dict[str, State]) -> None:
         seconds = (run.record(stage) or {}).get("seconds") or manifest.get("wall_seconds", 0.0)
         rows_in, rows_out, tokens = _figures(stage.kind, manifest["counts"])
         reports = manifest.get("reports")
-        shown = f"{100 * reports[0]['pass_at_1']:.1f} %" if reports else ""
+        shown = percent(reports[0]["pass_at_1"]) if reports else ""
         said += [f"{stage.name}: {line}" for report in reports or [] for line in levels(as_report(report))]
         table.add_row(stage.name, f"{rows_in:,}", f"{rows_out:,}", f"{tokens:,}", _duration(seconds), shown)
-    _print(table)
+    print_table(table)
     for line in said:
         print(line)
     exports = [run.out / f"train-{name}" / "export" / name for name in ("mixed", "high", "low")]
@@ -249,13 +248,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     return f"{hours}:{minutes:02}:{int(rest):02}" if hours or minutes else f"{rest:.1f} s"
-
-
-def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:  # a log has no width
-        console = Console(width=160)
-    console.print(table)
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -225,7 +225,7 @@ def print_report(reports: Sequence[EvalReport], title: str, as_json: bool = Fals
                 f"{score.mean_length:,.1f}", percent(score.cut_off_rate),
             )  # fmt: skip
         table.add_section()
-    _print(table)
+    print_table(table)
     for report in reports:
         at = f"temperature {report.temperature:g}"
         print(f"{at}: {report.samples} sample{'s' * (report.samples > 1)} a problem")
@@ -253,7 +253,7 @@ def print_comparison(
             f"{c.temperature:g}", c.task, f"{c.count:,}", percent(c.a), percent(c.b), f"{100 * c.difference:+.1f}",
             f"{100 * low:+.1f} – {100 * high:+.1f}", str(c.better), str(c.worse), verdict,
         )  # fmt: skip
-    _print(table)
+    print_table(table)
     for line in notes:
         print(line)
     if len(found) > 1:
@@ -265,7 +265,8 @@ def _rows(report: EvalReport) -> dict[str, Score]:
     return {**report.by_task, **({"all": report} if len(report.by_task) > 1 else {})}
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """To stdout, in the width of the terminal, or one that lines do not break in."""
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)  # a log has no width
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from dasd_engine import forest
 from dasd_engine.errors import InputError, run_cli
+from dasd_engine.evaluation_report import percent
 from dasd_engine.report_run import Run, read_run
 from dasd_engine.selection import RULES
 
@@ -60,7 +61,7 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(count=_count, duration=_duration, percent=_percent, draw=forest.draw)
+    environment.filters.update(count=_count, duration=_duration, percent=percent, draw=forest.draw)
     files = {name: (PAGE / file).read_text(encoding="utf-8") for name, file in (
         ("css", "page.css"), ("js", "page.js"), ("uplot_css", "uPlot.min.css"), ("uplot_js", "uPlot.iife.min.js"),
         ("licence", "uPlot.LICENSE"),
@@ -113,10 +114,6 @@ def _histograms(groups: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _duration(seconds: float | None) -> str:
