@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,13 @@ from rich.text import Text
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, Document
 from dasd_engine.errors import InputError, run_cli
+from dasd_engine.records import versions
 from dasd_engine.shards import MANIFEST, ShardWriter, hash_file, read_manifest
 from dasd_engine.sources import Batch, Source, find_sources, read_batches
 from dasd_engine.workers import Result, Task, Workers, encode_batch
 
 BAD = "bad.jsonl"
+PACKAGES = ("dasd-engine", "tokenizers", "jinja2", "numpy")  # that make tokens of text
 IN_PROCESS_BYTES = 8 << 20  # below this the workers' start would take longer than they save
 PLAIN_SECONDS = 10.0  # between progress lines when stderr is not a terminal
 SAMPLE_CHARACTERS = 300  # shown of either end of a long part of the sample
@@ -83,7 +84,7 @@ def prepare(
                     "counts": counts,
                     **asked,
                     "created": now.astimezone().isoformat(timespec="seconds"),
-                    "versions": _versions(),
+                    "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
                     "wall_seconds": round(time.monotonic() - started, 3),
                 }
             )
@@ -187,16 +188,6 @@ def _tokenizer_identity(model_dir: Path, chat: Chat) -> dict[str, Any]:
         "template": chat.template,
         "special_tokens": chat.special_tokens,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("dasd-engine", "tokenizers", "jinja2", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a source tree
-            versions[name] = "unknown"
-    return versions
 
 
 def _worker_count(workers: int | None, files: list[Source]) -> int:

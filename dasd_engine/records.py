@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -206,6 +207,15 @@ def replacing(path: Path) -> Iterator[TextIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: this one is not where it runs from a source tree."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:

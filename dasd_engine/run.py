@@ -7,7 +7,6 @@ what was answered in `evaluation-<label>.jsonl`.
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -34,7 +33,7 @@ from dasd_engine.metrics import Display
 from dasd_engine.model import Decoder, ModelConfig
 from dasd_engine.plan import StagePlan
 from dasd_engine.prepare import prepare
-from dasd_engine.records import read_json, write_json, write_rows
+from dasd_engine.records import read_json, versions, write_json, write_rows
 from dasd_engine.teacher_local import LocalTeacher
 from dasd_engine.teachers import TeacherOptions
 
@@ -121,14 +120,11 @@ def write_run_files(recipe: Recipe, world: World) -> None:
     if not world.is_main:
         return
     packages = ("dasd-engine", "torch", "triton", "safetensors", "tokenizers", "numpy")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
     facts = {
         "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": world.size, "device": device,
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "versions": versions(*packages),
         "git": _git_state(),
     }  # fmt: skip
     write_json(recipe.out / "recipe.json", recipe.as_dict())

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from rich.table import Table
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
 from dasd_engine.errors import InputError, check_ranges, run_cli
 from dasd_engine.questions import Question, identify, read_questions, spread
-from dasd_engine.records import MANIFEST, Appender, OutputDirectory, read_rows
+from dasd_engine.records import MANIFEST, Appender, OutputDirectory, read_rows, versions
 from dasd_engine.teachers import (
     Failed,
     Request,
@@ -114,7 +113,7 @@ def sample(
         counts = _finish(output.path, found, asked)
         if not counts["candidates"]:
             raise InputError(_hopeless(Counter(counts["failures"]), failures))
-        manifest = output.finish({"counts": counts, "versions": _versions()})
+        manifest = output.finish({"counts": counts, "versions": versions("torch", "tokenizers", "numpy")})
         if progress:
             print_summary(output.path, manifest)
         return manifest
@@ -280,10 +279,6 @@ def _kind(reason: str) -> str:
 def _hopeless(reasons: Counter[str], path: Path) -> str:
     shown = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3)) or "see there"
     return f"the teacher has answered nothing so far: {shown}; mend that and go on with --retry-failed ({path})"
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.hf import MODEL_FILES, load_model
 from dasd_engine.model_config import read_config
-from dasd_engine.records import Appender, OutputDirectory, read_finished
+from dasd_engine.records import Appender, OutputDirectory, read_finished, versions
 from dasd_engine.released import TeacherLogprobs, is_released, read_released
 from dasd_engine.scorable import PARTS, Candidate, Preparer, Scorable, Unscorable, read_candidate
 from dasd_engine.score_parts import LOGPROBS, index, merge, part_file, remove_parts
@@ -104,7 +103,8 @@ def score(
         if output is not None:
             facts = {
                 "candidates": str(source.parent.resolve()), "student": str(Path(student_dir).resolve()),
-                "device": str(where), "ranks": world.size, "versions": _versions(), "counts": merge(Path(out)),
+                "device": str(where), "ranks": world.size, "versions": versions("torch", "tokenizers", "numpy"),
+                "counts": merge(Path(out)),
             }  # fmt: skip
             manifest = output.finish(facts)
             remove_parts(Path(out))
@@ -326,10 +326,6 @@ def _broadcast(world: World, value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- command line
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
 
 
 def _summary(out: Path, manifest: dict[str, Any]) -> str:

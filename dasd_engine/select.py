@@ -23,14 +23,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Filters, Repetition, normalise
-from dasd_engine.records import ASKED, LOCK, OutputDirectory, read_finished, read_json, write_json, write_rows
+from dasd_engine.records import (
+    ASKED,
+    LOCK,
+    OutputDirectory,
+    read_finished,
+    read_json,
+    versions,
+    write_json,
+    write_rows,
+)
 from dasd_engine.scored import Pool, read_scores
 from dasd_engine.selection import RULES, Candidate, choose
 from dasd_engine.selection_report import render, report
@@ -193,7 +201,8 @@ def _write(output: OutputDirectory, pool: Pool, inputs: Sequence[_Input], rule: 
         "selected": len(chosen), "student_tokens": sum(c.student_tokens for c in chosen),
     }  # fmt: skip
     sources = [{"scores": str(one.scores), "candidates": str(one.candidates)} for one in inputs]
-    output.finish({"counts": counts, "sources": sources, "versions": _versions()})
+    made_by = {"python": platform.python_version(), **versions("dasd-engine")}
+    output.finish({"counts": counts, "sources": sources, "versions": made_by})
 
 
 def _forget(output: OutputDirectory) -> None:
@@ -251,14 +260,6 @@ def _selected_row(row: dict[str, Any], candidate: Candidate, rule: str) -> dict[
     return {
         "uuid": row["id"], **said, "domain": row.get("task") or "", "meta": json.dumps(meta, ensure_ascii=False)
     }  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("dasd-engine")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        own = "unknown"
-    return {"python": platform.python_version(), "dasd-engine": own}
 
 
 def _parser() -> argparse.ArgumentParser:
