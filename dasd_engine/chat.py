@@ -53,11 +53,13 @@ _PROBE = "PROBERESPONSE"  # stands for a response while the template's end of tu
 class Chat:
     """A model's tokeniser and chat template.
 
-    Attributes: tokenizer; template and special_tokens as read; end_of_turn, the text that closes a response; stop_ids.
+    Attributes: tokenizer; template and special_tokens as read; end_of_turn, the text that closes a response; stop_ids;
+    stop_tokens.
     """
 
     tokenizer: tokenizers.Tokenizer
     stop_ids: set[int]  # token ids that end a response
+    stop_tokens: list[str]  # their texts
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class Chat:
         assert end_id is not None  # it was found among the tokeniser's tokens
         self._end_id: int = end_id
         self.stop_ids = {self._end_id, *stop_ids}
+        self.stop_tokens = [text for id in sorted(self.stop_ids) if (text := tokenizer.id_to_token(id))]
         self._additive = self._turns_add_up()
 
     @classmethod

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +171,11 @@ class _Assembly:
         text = join(prefix, continuation["text"], markers=o.markers, instructed=o.continuation == "instruct")
         output, drop = examine(
             text, finish_reason=continuation["finish_reason"], tokens=tokens, answer=task.answer, filters=o.filters,
-            stop_tokens=self._stops,
+            stop_tokens=self.chat.stop_tokens,
         )  # fmt: skip
         if drop is None and not output.startswith(prefix):
             drop = Drop("prefix_changed", "normalising the response changes what the student wrote")
         return output, drop
-
-    @cached_property
-    def _stops(self) -> list[str]:
-        texts = [self.chat.tokenizer.id_to_token(token) for token in self.chat.stop_ids]
-        return [text for text in texts if text]
 
     def _row(
         self, task: Task, output: str, rollout: dict[str, Any], continuation: dict[str, Any]

@@ -253,14 +253,13 @@ class Pool:
 
     def _examine(self, row: dict[str, Any], student_tokens: int | None, where: str) -> Drop | None:
         """`student_tokens`: of the response; None when the student has not counted them."""
-        stops = [self.chat.tokenizer.id_to_token(token) for token in sorted(self.chat.stop_ids)] if self.chat else []
         return examine(
             row["text"],
             finish_reason=_field(row, "finish_reason", str, where),
             tokens=lambda output: 0 if student_tokens is None else self._length(row, student_tokens),
             answer=None if row.get("answer") is None else _field(row, "answer", str, where),
             filters=self.filters,
-            stop_tokens=[token for token in stops if token],
+            stop_tokens=self.chat.stop_tokens if self.chat else (),
         )[1]
 
     def _length(self, row: dict[str, Any], student_tokens: int) -> int:
