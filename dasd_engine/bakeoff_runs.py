@@ -52,6 +52,7 @@ from dasd_engine.mixed_policy import hash_uniform
 from dasd_engine.prepare import prepare
 from dasd_engine.records import MANIFEST, read_json, read_rows, write_json, write_rows
 from dasd_engine.select import select
+from dasd_engine.sources import response_of
 from dasd_engine.teachers import TeacherOptions
 from dasd_engine.train import train
 
@@ -297,7 +298,7 @@ class Bench:
             return {}
         sets = extra_rows(mixed / "mixed.jsonl", own)
         chat = Chat.load(self.recipe.student)
-        length = {id(row): len(chat.tokenizer.encode(_output(row)).ids) for rows in sets.values() for row in rows}
+        length = {id(row): len(chat.tokenizer.encode(response_of(row)).ids) for rows in sets.values() for row in rows}
         least = min(sum(length[id(row)] for row in rows) for rows in sets.values())
         found: Seed = {design: {} for design in DESIGNS}
         for design in DESIGNS:
@@ -335,12 +336,8 @@ def runs_of(groups: Sequence[Group]) -> list[Arm]:
 
 
 def _hash(stages: Sequence[StageRows]) -> str:
-    said = [[(row["uuid"], _output(row)) for row in rows] for _, _, rows in stages]
+    said = [[(row["uuid"], response_of(row)) for row in rows] for _, _, rows in stages]
     return sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _output(row: dict[str, Any]) -> str:
-    return row["output"] if "output" in row else row["messages"][-1]["content"]
 
 
 def _shuffled(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

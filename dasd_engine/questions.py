@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from dasd_engine.chat import Message
 from dasd_engine.errors import InputError
-from dasd_engine.sources import Source, find_sources, parse_row, read_batches
+from dasd_engine.sources import Source, find_sources, parse_json, parse_row, read_batches
 
 GYM = "gym:"
 FIELDS = ("messages", "input", "prompt", "question", "problem")
@@ -103,7 +103,7 @@ def _read_source(source: Source) -> Iterator[tuple[Question, str]]:
 
 def parse_question(data: bytes | dict[str, Any], default_id: str) -> Question:
     """A raw line or a Parquet row. InputError names the field, not the file."""
-    row = data if isinstance(data, dict) else _parse_json(data)
+    row = data if isinstance(data, dict) else parse_json(data, f"one of {', '.join(FIELDS)}")
     field = next((field for field in FIELDS if row.get(field) is not None), None)
     if field is None:
         has = ", ".join(row) or "(none)"
@@ -121,18 +121,6 @@ def parse_question(data: bytes | dict[str, Any], default_id: str) -> Question:
     answer = _first(row, meta, "answer")
     task = _first(row, meta, "task") or _first(row, meta, "domain")
     return Question(_first(row, {}, "uuid") or _first(row, {}, "id") or default_id, messages, answer, task)
-
-
-def _parse_json(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 at byte {error.start + 1} of the line; re-encode the file") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"must be a JSON object with one of {', '.join(FIELDS)}, not {type(row).__name__}")
-    return row
 
 
 def _meta(value: Any) -> dict[str, Any]:

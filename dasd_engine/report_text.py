@@ -18,13 +18,13 @@ from dasd_engine.errors import InputError
 from dasd_engine.evaluation_report import Response, read_responses
 from dasd_engine.questions import spread
 from dasd_engine.records import read_rows
+from dasd_engine.sources import response_of
 
 ROWS = 20_000  # candidates whose sentences are counted
 SENTENCES = 5_000  # shown
 CHARACTERS = 1_200_000  # shown, of all texts
 PLACES = 20  # parts of a response that are told apart
 SAMPLES = 12  # problems whose answers are shown over training
-TYPES = ("teacher", "common", "student")
 
 _QUESTION = re.compile(rb'\{"(?:uuid|id)": ("(?:[^"\\]|\\.)*")')  # first in a row of select or mix
 
@@ -173,8 +173,7 @@ def _mixed(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     for row in _about(path, wanted):
         if "prefix" not in row:
             continue  # the teacher's alone
-        output = row["output"] if "output" in row else row["messages"][-1]["content"]
-        meta = json.loads(row["meta"])
+        output, meta = response_of(row), json.loads(row["meta"])
         found[row["uuid"]] = {
             "student": row["prefix"], "teacher": output[len(row["prefix"]) :],
             "tokens": [meta["cut"], meta["continuation_tokens"]], "cut": meta["share"], "cap": meta["cap"],

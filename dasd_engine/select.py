@@ -43,7 +43,7 @@ from dasd_engine.scored import Pool, read_scores
 from dasd_engine.selection import RULES, Candidate, choose
 from dasd_engine.selection_report import render, report
 from dasd_engine.shards import hash_file
-from dasd_engine.sources import as_context
+from dasd_engine.sources import response_fields
 
 SELECTED, DROPPED, REPORT = "selected.jsonl", "dropped.jsonl", "report.json"
 
@@ -243,13 +243,7 @@ def _places(path: Path, lines: set[int]) -> dict[int, int]:
 
 
 def _selected_row(row: dict[str, Any], candidate: Candidate, rule: str) -> dict[str, Any]:
-    """In the released schema; a question that is more than one user message has `messages` instead of `input`, of
-    which the teacher's response alone is trained."""
-    messages, output = row["messages"], normalise(row["text"])
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        said: dict[str, Any] = {"input": messages[0]["content"], "output": output}
-    else:
-        said = {"messages": [*as_context(messages), {"role": "assistant", "content": output}]}
+    said = response_fields(row["messages"], normalise(row["text"]))
     meta = {
         "answer": row.get("answer"), "task": row.get("task"), "temperature": candidate.temperature,
         "candidate": candidate.number, "rule": rule,

@@ -136,7 +136,7 @@ def _read_batches(source: Source, more: Sequence[str]) -> Iterator[Batch]:
 
 def parse_row(data: bytes | dict[str, Any]) -> Row:
     """Turn a raw line or a Parquet row into messages. InputError names the field, not the file."""
-    row = data if isinstance(data, dict) else _parse_json(data)
+    row = data if isinstance(data, dict) else parse_json(data, SHAPES)
     if row.get("messages") is not None:
         messages, prefix = _messages(row["messages"], "messages"), _prefix(row)
         if row.get("tools"):
@@ -156,6 +156,19 @@ def parse_row(data: bytes | dict[str, Any]) -> Row:
 def as_context(messages: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
     """Messages for a row whose later turns alone are trained."""
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
+def response_fields(messages: list[dict[str, str]], output: str) -> dict[str, Any]:
+    """Fields of a row whose response alone is trained: the released schema's, or `messages` where a question is more
+    than one message of the user."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return {"input": messages[0]["content"], "output": output}
+    return {"messages": [*as_context(messages), {"role": "assistant", "content": output}]}
+
+
+def response_of(row: dict[str, Any]) -> str:
+    """The response in a row of `response_fields`."""
+    return row["output"] if "output" in row else row["messages"][-1]["content"]
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -243,7 +256,8 @@ def _parquet_batches(source: Source, raw: BinaryIO, more: Sequence[str]) -> Iter
         raise InputError(f"{source.name}: cannot be read behind row {number}: {error}") from error
 
 
-def _parse_json(line: bytes) -> dict[str, Any]:
+def parse_json(line: bytes, wanted: str) -> dict[str, Any]:
+    """The object in a raw line, which should have `wanted`. InputError where it is none."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -251,7 +265,7 @@ def _parse_json(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise InputError(f"is {_kind(row)}, expected an object with {SHAPES}")
+        raise InputError(f"is {_kind(row)}, expected an object with {wanted}")
     return row
 
 

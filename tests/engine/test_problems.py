@@ -120,7 +120,7 @@ def test_reasoning_gym_judges_its_own_tasks_and_only_the_full_score_is_right():
     ("bad", "message"),
     [
         ("{oops", r"p\.jsonl:2: is not JSON"),
-        ("[1]", r"p\.jsonl:2: must be a JSON object with one of messages.*, not list"),
+        ("[1]", r"p\.jsonl:2: is a list, expected an object with one of messages"),
         (row(question=" "), r"p\.jsonl:2: input: asks nothing"),
         (row(meta="{"), r"p\.jsonl: question 'p-2' has no `answer`, and there is no other scorer for the task 'math'"),
         (row(meta='{"answers": "2"}'), r"p\.jsonl: question 'p-2' has no `answer`"),

@@ -77,7 +77,7 @@ def test_an_id_used_twice_names_both_places(tmp_path):
     ("bad", "message"),
     [
         ("{oops", "is not JSON"),
-        ("[1]", "must be a JSON object with one of messages, input"),
+        ("[1]", "is a list, expected an object with one of messages, input"),
         ({"text": "a"}, "has the fields text; a question is in one of messages, input"),
         ({"question": " "}, "question: asks nothing"),
         ({"question": 5}, "is a number, expected a string"),
