@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
-from dasd_engine.config import apply_override, build
 from dasd_engine.errors import InputError, check_ranges, run_cli
 from dasd_engine.evaluation_report import (
     FAILED,
@@ -54,7 +53,7 @@ from dasd_engine.teachers import (
     TeacherOptions,
     identify_teacher,
     open_teacher,
-    parse_teacher,
+    teacher_options,
 )
 
 
@@ -241,14 +240,6 @@ def _split(names: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return model, problems
 
 
-def _model(names: Sequence[str], options: Sequence[str]) -> TeacherOptions:
-    table: dict[str, Any] = {}
-    for option in options:
-        apply_override(table, option)
-    named = {key: list(value) if key == "urls" else value for key, value in parse_teacher(names).items()}
-    return build(TeacherOptions, {**named, **table}, "--model-option", "model")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     if args.compare:
@@ -256,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_comparison(args.compare, found, notes, args.json)
         return
     names, problems = _split(args.names)
-    model = _model(names, args.model_option)
+    model = teacher_options(names, args.model_option, "--model-option")
     asked = {f.name: getattr(args, f.name) for f in fields(EvalOptions) if f.name != "temperatures"}
     asked["temperatures"] = tuple(args.temperature)
     if args.out:

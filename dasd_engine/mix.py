@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, Prefix
-from dasd_engine.config import apply_override, build
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Drop, Filters, Repetition, examine
 from dasd_engine.hf import MODEL_FILES
@@ -39,8 +38,8 @@ from dasd_engine.mix_sampling import CONTINUATIONS, DTYPES, ROLLOUTS, MixOptions
 from dasd_engine.mixed_policy import MARKERS, hash_uniform, join, token_cap
 from dasd_engine.records import OutputDirectory, write_rows
 from dasd_engine.shards import hash_file, hash_files
-from dasd_engine.sources import as_context
-from dasd_engine.teachers import TeacherOptions, identify_teacher, parse_teacher
+from dasd_engine.sources import response_fields
+from dasd_engine.teachers import TeacherOptions, identify_teacher, teacher_options
 
 DROPPED, MIXED = "dropped.jsonl", "mixed.jsonl"
 _REASONS = ("no_room", "special_token", "teacher_failed", *REASONS, "prefix_changed")
@@ -180,17 +179,15 @@ class _Assembly:
     def _row(
         self, task: Task, output: str, rollout: dict[str, Any], continuation: dict[str, Any]
     ) -> dict[str, Any]:  # fmt: skip
-        said: dict[str, Any] = {"messages": [*as_context(task.messages), {"role": "assistant", "content": output}]}
-        if len(task.messages) == 1 and task.messages[0]["role"] == "user":
-            said = {"input": task.messages[0]["content"], "output": output}
         meta = {
             "answer": task.answer, "task": task.task, "policy": "mixed", "share": rollout["share"],
             "cut": rollout["cut"], "cap": rollout["cap"], "teacher_tokens": task.teacher_tokens,
             "continuation_tokens": continuation["tokens"], "teacher": continuation["teacher"],
         }  # fmt: skip
         return {
-            "uuid": task.id, **said, "prefix": rollout["prefix"], "prefix_ids": rollout["prefix_ids"],
-            "domain": task.task or "", "meta": json.dumps(meta, ensure_ascii=False),
+            "uuid": task.id, **response_fields(task.messages, output), "prefix": rollout["prefix"],
+            "prefix_ids": rollout["prefix_ids"], "domain": task.task or "",
+            "meta": json.dumps(meta, ensure_ascii=False),
         }  # fmt: skip
 
     def _off_policy(self, beside: Source, wanted: int) -> set[int]:
@@ -301,13 +298,7 @@ def _ratio(text: str) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
-    table: dict[str, Any] = {}
-    for override in args.teacher_option:
-        apply_override(table, override)
-    named = parse_teacher(args.teacher)
-    if "urls" in named:
-        named["urls"] = list(named["urls"])
-    teacher = build(TeacherOptions, {**named, **table}, "--teacher-option", "teacher")
+    teacher = teacher_options(args.teacher, args.teacher_option, "--teacher-option")
     repetition = None if args.no_repetition else Repetition()
     options = MixOptions(
         ratio=_ratio(args.ratio), filters=Filters(args.context, args.thinking, args.right_only, repetition),

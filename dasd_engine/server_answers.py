@@ -44,7 +44,7 @@ class Dialect:
         return "/chat/completions" if self.chat is None else "/completions"
 
     def body(self, request: Request) -> dict[str, Any]:
-        """InputError where the template cannot hold the request; ValueError where the prompt leaves no room."""
+        """InputError where the template cannot hold the request, or the prompt leaves no room for a response."""
         asked: dict[str, Any] = {
             "model": self.model, "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed,
             "max_tokens": request.max_new_tokens,
@@ -56,14 +56,13 @@ class Dialect:
             asked |= {"skip_special_tokens": False, "return_token_ids": True}
         if self.chat is None:
             return asked | {"logprobs": True} | self._messages(request)
-        ids = self.chat.prompt(request)[0]
         if self.longest:
-            if len(ids) >= self.longest:
-                raise ValueError(f"the prompt has {len(ids)} tokens, the server's model takes {self.longest}")
-            asked["max_tokens"] = min(request.max_new_tokens, self.longest - len(ids))
+            prompt, asked["max_tokens"] = self.chat.prompt_within(request, self.longest)
+        else:
+            prompt = self.chat.prompt(request)
         if self.extended:
             asked["stop_token_ids"] = sorted(self.chat.stop_ids)
-        return asked | {"prompt": ids, "logprobs": 1}
+        return asked | {"prompt": prompt[0], "logprobs": 1}
 
     def _messages(self, request: Request) -> dict[str, Any]:
         if not request.prefix:

@@ -55,17 +55,14 @@ class LocalTeacher:
         index = 0
         for request in requests:
             try:
-                prompt = self._chat.prompt(request)
-                room = self._longest - len(prompt[0])
-                if room < 1:
-                    raise InputError(f"the prompt has {len(prompt[0])} tokens, the model {self._longest} positions")
+                prompt, most = self._chat.prompt_within(request, self._longest)
             except InputError as error:
                 refused.append((request, Failed(str(error))))
                 continue
             how = How(request.temperature, request.top_p, request.top_k, request.seed)
             running[index] = request, prompt
             index += 1
-            yield Prompt(prompt[0], min(request.max_new_tokens, room), how)
+            yield Prompt(prompt[0], most, how)
 
     def _response(self, request: Request, prompt: Prepared, out: Generation) -> Sampled | Failed:
         return self._chat.response(prompt, request, out.tokens, out.logprobs, out.finish_reason)

@@ -82,15 +82,12 @@ class VllmTeacher:
 
     def _submit(self, name: str, request: Request, running: dict[str, tuple[Request, Prepared]]) -> Failed | None:
         try:
-            prompt = self._chat.prompt(request)
-            room = self._longest - len(prompt[0])
-            if room < 1:
-                raise InputError(f"the prompt has {len(prompt[0])} tokens, the model {self._longest} positions")
+            prompt, most = self._chat.prompt_within(request, self._longest)
         except InputError as error:
             return Failed(str(error))
         parameters = self._vllm.SamplingParams(
             temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed,
-            max_tokens=min(request.max_new_tokens, room), stop_token_ids=sorted(self._chat.stop_ids), logprobs=0,
+            max_tokens=most, stop_token_ids=sorted(self._chat.stop_ids), logprobs=0,
             detokenize=False, skip_special_tokens=False,
         )  # fmt: skip
         self._engine.add_request(name, {"prompt_token_ids": prompt[0]}, parameters)

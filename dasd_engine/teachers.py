@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dasd_engine.chat import Chat, Message, response_text
-from dasd_engine.config import option
+from dasd_engine.config import apply_override, build, option
 from dasd_engine.errors import InputError
 from dasd_engine.shards import hash_files
 from dasd_engine.token_text import TokenText
@@ -146,6 +146,15 @@ def parse_teacher(names: Sequence[str]) -> dict[str, Any]:
     return {"kind": "local", "path": names[0]}
 
 
+def teacher_options(names: Sequence[str], overrides: Sequence[str], flag: str) -> TeacherOptions:
+    """What a command line says: `parse_teacher`'s names, and KEY=VALUE of other keys, each after `flag`."""
+    table: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(table, override)
+    named = {key: list(value) if key == "urls" else value for key, value in parse_teacher(names).items()}
+    return build(TeacherOptions, {**named, **table}, flag, "teacher")
+
+
 def identify_teacher(options: TeacherOptions) -> dict[str, Any]:
     """What the teacher is, without opening it, for a manifest: kind, names and the hashes of its files.
 
@@ -202,6 +211,14 @@ class TeacherChat:
         both = self._encode(prompt + prefix).tolist()
         # Prompt and response meet as they do when a response is sampled: no token straddles the two.
         return (both if both[: len(ids)] == ids else ids + self._encode(prefix).tolist()), ""
+
+    def prompt_within(self, request: Request, longest: int) -> tuple[Prepared, int]:
+        """`prompt`, and how many tokens may follow it in a model of `longest` positions; InputError where none may."""
+        prompt = self.prompt(request)
+        room = longest - len(prompt[0])
+        if room < 1:
+            raise InputError(f"the prompt has {len(prompt[0])} tokens, the model {longest} positions")
+        return prompt, min(request.max_new_tokens, room)
 
     def response(
         self,
