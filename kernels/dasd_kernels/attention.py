@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from dasd_kernels import _C
-except ImportError:  # a source tree that was not built
-    _C = None  # type: ignore[assignment]
+from dasd_kernels import _C
 
 
 def supported(q: Tensor) -> bool:
     """Whether `document_attention` can take these queries [T, H, K]: bf16, K a multiple of 64, on such a CPU."""
     here = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % 64 == 0
-    return here and _C is not None and _C.attention_supported()
+    return here and _C.attention_supported()
 
 
 def document_attention(

@@ -19,12 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dasd_kernels import _C
 from dasd_kernels.chunked import Result, Row
-
-try:
-    from dasd_kernels import _C
-except ImportError:  # a source tree that was not built: the chunked backend does everything
-    _C = None  # type: ignore[assignment]
 
 THREADS = os.cpu_count() or 1  # most for dW, over E: a row is written so many blocks behind what was read
 WORKSPACES: "weakref.WeakValueDictionary[int, _C.Workspace]" = weakref.WeakValueDictionary()  # by address
@@ -35,7 +31,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def describe(name: str) -> tuple[int, int, int] | None:
     """(bytes of an element of E, tokens of a register tile, rows of dW that a thread makes at a time) of the named
     kernels; None where they cannot run."""
-    return None if _C is None else _C.linear_ce_describe(name)
+    return _C.linear_ce_describe(name)
 
 
 def choose(hidden: Tensor, weight: Tensor, asked: str = "") -> str | None:

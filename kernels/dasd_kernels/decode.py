@@ -15,17 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from dasd_kernels import _C
-except ImportError:  # a source tree that was not built
-    _C = None  # type: ignore[assignment]
+from dasd_kernels import _C
 
 TILE = 64  # tokens: a cache's room is a multiple of it
 
 
 def supported(x: Tensor) -> bool:
     """Whether the kernels take such a tensor."""
-    return _C is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, name: str = "") -> Tensor:

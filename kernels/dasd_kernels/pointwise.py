@@ -3,7 +3,7 @@
     y = rms_norm(x, weight, eps);  q = rotate(q, cos, sin);  y = swiglu(gate, up)
 
 fp32 and bf16, computed in fp32 and rounded once; torch computes them as five to twenty operations with copies in fp32
-between. Other devices, and a source tree that was not built, take torch's operations.
+between. Other devices take torch's operations.
 """
 
 from typing import Any
@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from dasd_kernels import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
+from dasd_kernels import _C
 
 
 def usable(*tensors: Tensor) -> bool:
     """On the CPU, all of one dtype, fp32 or bf16."""
     x = tensors[0]
     kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return kind and _C is not None and all(t.dtype == x.dtype for t in tensors)
+    return kind and all(t.dtype == x.dtype for t in tensors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
