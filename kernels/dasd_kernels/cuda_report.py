@@ -6,9 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import triton
-
-from dasd_kernels.machine_code import SASS, Machine, parts
+from dasd_kernels.machine_code import TOOLS, Machine, disassemble, of_sass
 
 KERNELS = ("write_packs", "gather_rows", "scatter_rows")
 # The widest load that each kernel's inner work must have, by a part of its mangled name: tokens four at a time, rows
@@ -24,32 +22,21 @@ def module() -> Path | None:
 
 def read_module(path: Path, arch: str) -> dict[str, Machine]:
     """The kernels compiled for `arch`, by mangled name."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tools / "cuobjdump", "-xelf", arch, path], cwd=folder, capture_output=True, check=True)
+        subprocess.run([TOOLS / "cuobjdump", "-xelf", arch, path], cwd=folder, capture_output=True, check=True)
         for cubin in sorted(Path(folder).glob(f"*{arch}.cubin")):
-            usage, sass = (
-                subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
-                for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-            )
+            usage, sass = disassemble(cubin)
             for name, regs, stack, shared in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
-                found[name] = _machine(int(regs), int(stack), int(shared), _text(sass, name))
+                found[name] = of_sass(int(regs), int(stack), int(shared), _section(sass, name))
     return found
 
 
-def _text(sass: str, name: str) -> list[str]:
-    """The labels and instructions of one kernel in a listing."""
+def _section(sass: str, name: str) -> str:
+    """One kernel's part of a listing."""
     begin = sass.index(f".section\t.text.{name},")
     end = sass.find(".section\t", begin + 1)
-    listing = sass[begin : end if end > 0 else len(sass)]
-    lines = re.findall(r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\d+\s+)?[A-Z][^;]*)", listing, re.M)
-    return [label or re.sub(r"\s+", " ", text) for label, text in lines]
-
-
-def _machine(regs: int, stack: int, shared: int, code: list[str]) -> Machine:
-    spill = sum(bool(re.match(r"(?:@\S+ )?(STL|LDL)\b", text)) for text in code)
-    return Machine(regs, stack, spill, shared, *parts(code, SASS))
+    return sass[begin : end if end > 0 else len(sass)]
 
 
 def short(name: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import triton
 
 PRODUCTS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # each chip's own
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # cuobjdump and nvdisasm come with Triton
 TMA = 1024  # stands for a load by the tensor memory accelerator, wider than any instruction's bits
 
 
@@ -52,20 +53,30 @@ GCN = Syntax(r"(v_mfma)", r"s_c?branch\w* (\.L\w+)", r"s_branch |s_endpgm")
 
 
 def read_sass(cubin: bytes) -> Machine:
-    """By cuobjdump and nvdisasm, which come with Triton."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    """Of a cubin that holds one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+        usage, sass = disassemble(Path(file.name))
     regs, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
+    return of_sass(regs, stack, 0, sass)
+
+
+def disassemble(cubin: Path) -> tuple[str, str]:
+    """(what its kernels use, SASS) of a cubin."""
+    usage, sass = (
+        subprocess.run([TOOLS / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+        for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    )
+    return usage, sass
+
+
+def of_sass(regs: int, stack: int, shared: int, sass: str) -> Machine:
+    """By one kernel's listing and what it uses."""
     lines = re.findall(r"^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\d+\s+)?[A-Z][^;]*)", sass, re.M)
     code = [label or re.sub(r"\s+", " ", text) for label, text in lines]
     spill = sum(bool(re.match(r"(?:@\S+ )?(STL|LDL)\b", text)) for text in code)
-    return Machine(regs, stack, spill, 0, *parts(code, SASS))
+    return Machine(regs, stack, spill, shared, *parts(code, SASS))
 
 
 def read_gcn(text: str) -> Machine:
