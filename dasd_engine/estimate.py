@@ -145,7 +145,10 @@ def _evaluated(recipe: DistillRecipe, student: ModelConfig, length: float) -> di
     if not e.problems:
         return {}
     problems = recipe.resolve(e.problems)
-    count = sum(1 for line in problems.open("rb") if line.strip()) if problems.is_file() else 0
+    count = 0
+    if problems.is_file():
+        with problems.open("rb") as file:
+            count = sum(1 for line in file if line.strip())
     rows = min(e.limit or count, count) * e.samples
     tokens = rows * min(length, e.max_new_tokens)
     one = Work(rows, tokens, forward_flops(student, rows, tokens), "generate")

@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class Display:
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, done: int) -> Any:
+    def stage(self, name: str, total: int, done: int) -> Iterator[None]:
         """Show a stage of `total` steps of which `done` are behind us."""
         if not self.console.is_terminal:
             yield

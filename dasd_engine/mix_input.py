@@ -14,7 +14,7 @@ from typing import Any
 
 from dasd_engine.chat import Chat, Message
 from dasd_engine.errors import InputError
-from dasd_engine.questions import parse_question
+from dasd_engine.questions import Question, parse_question
 from dasd_engine.records import read_finished, read_rows
 
 SELECTED, CANDIDATES = "selected.jsonl", "candidates.jsonl"
@@ -33,7 +33,7 @@ class Task:
 
 @dataclass
 class _Lengths:
-    question: Any
+    question: Question
     finished: list[int] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     raise InputError(f"{given}: holds neither {SELECTED} nor {CANDIDATES}; name what select or sample has written")
 
 
-def _question(row: dict[str, Any], where: str, number: int) -> Any:
+def _question(row: dict[str, Any], where: str, number: int) -> Question:
     try:
         return parse_question(row, f"row-{number}")
     except InputError as error:

@@ -176,12 +176,6 @@ class Shards:
         """int64 [D]: tokens of each document."""
         return np.diff(self.offsets)
 
-    @property
-    def valid_counts(self) -> npt.NDArray[np.int64]:
-        """int64 [D]: labels each document yields (its trained tokens; nothing predicts its first token)."""
-        doc, begin, end = self.loss_spans.T
-        return np.bincount(doc, weights=end - np.maximum(begin, 1), minlength=len(self)).astype(np.int64)
-
     def untrained(self) -> npt.NDArray[np.int64]:
         """The documents that yield no label, ascending."""
         last, found = -1, [np.empty(0, dtype=np.int64)]

@@ -82,7 +82,8 @@ def test_shards_hold_what_chat_encodes(model, tmp_path):
     assert manifest == shards.manifest
     counts = manifest["counts"]
     assert (counts["rows"], counts["documents"], counts["loss_spans"], counts["bad_rows"]) == (5, 5, 6, 0)
-    assert counts["tokens"] == len(shards.tokens) and counts["trained_tokens"] == shards.valid_counts.sum()
+    trained = sum(end - max(begin, 1) for _, begin, end in shards.loss_spans.tolist())
+    assert counts["tokens"] == len(shards.tokens) and counts["trained_tokens"] == trained
     assert manifest["inputs"][0] == {
         "file": str(sources[0]), "bytes": sources[0].stat().st_size,
         "sha256": hashlib.sha256(sources[0].read_bytes()).hexdigest(),
