@@ -13,7 +13,8 @@ A row has one of three shapes; `uuid`, `domain` and `meta` are kept beside any o
     {"uuid": "...", "input": "...", "output": "<think>...</think>...", "domain": "...", "meta": "..."}
     {"prompt": "..." or [messages], "completion": "..." or [messages]}
 
-Of `messages`, an assistant's with `"weight": 0` is read and not trained, as in OpenAI's fine-tuning files.
+An assistant's message with `"weight": 0` is read and not trained, as in OpenAI's fine-tuning files; so is one of a
+`prompt`.
 Nothing here holds more than a batch of rows in memory. Whatever is wrong is an InputError.
 """
 
@@ -79,7 +80,7 @@ class Row:
     meta: dict[str, Any]  # uuid, domain, meta, as far as the row has them
     prefix: str | None = None
     prefix_ids: list[int] | None = None
-    untrained: tuple[int, ...] = ()  # indices of assistant messages with the weight 0
+    untrained: tuple[int, ...] = ()  # indices of assistant messages that are read only
 
 
 def find_sources(names: Iterable[str | os.PathLike[str]]) -> list[Source]:
@@ -137,20 +138,25 @@ def _read_batches(source: Source, more: Sequence[str]) -> Iterator[Batch]:
 def parse_row(data: bytes | dict[str, Any]) -> Row:
     """Turn a raw line or a Parquet row into messages. InputError names the field, not the file."""
     row = data if isinstance(data, dict) else parse_json(data, SHAPES)
+    untrained: tuple[int, ...] = ()
     if row.get("messages") is not None:
         messages, prefix = _messages(row["messages"], "messages"), _prefix(row)
+        untrained = _untrained(row["messages"], "messages")
         if row.get("tools"):
             raise InputError("tools: tool definitions are not supported; remove the field, or the row")
     elif "output" in row or "input" in row:
         messages = [_said("user", row, "input"), _said("assistant", row, "output")]
         prefix = _prefix(row)
     elif "completion" in row or "prompt" in row:
-        messages = [*_turns("user", row, "prompt"), *_turns("assistant", row, "completion")]
-        prefix = None, None  # other data sets have columns of that name
+        prompt, completion = _turns("user", row, "prompt"), _turns("assistant", row, "completion")
+        messages, prefix = [*prompt, *completion], (None, None)  # other data sets have columns of that name
+        untrained = tuple(index for index, message in enumerate(prompt) if message["role"] == "assistant")
+        if isinstance(row["completion"], list):
+            untrained += tuple(len(prompt) + index for index in _untrained(row["completion"], "completion"))
     else:
         raise InputError(f"has the fields {_names(row)}; expected {SHAPES}")
     meta = {key: row[key] for key in KEPT if row.get(key) is not None}
-    return Row(messages, meta, *prefix, untrained=_untrained(row.get("messages") or []))
+    return Row(messages, meta, *prefix, untrained=untrained)
 
 
 def as_context(messages: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
@@ -316,12 +322,12 @@ def _message(value: Any, field: str) -> dict[str, str]:
     return {"role": role, "content": _text(content, f"{field}.content")}
 
 
-def _untrained(messages: list[Any]) -> tuple[int, ...]:
+def _untrained(messages: list[Any], field: str) -> tuple[int, ...]:
     """Indices of the messages with "weight": 0."""
     weights = [message.get("weight") for message in messages]
     for index, weight in enumerate(weights):
         if weight not in (None, 0, 1):
-            raise InputError(f"messages[{index}].weight: is {weight!r}, expected 0 or 1")
+            raise InputError(f"{field}[{index}].weight: is {weight!r}, expected 0 or 1")
     return tuple(index for index, weight in enumerate(weights) if weight == 0)
 
 

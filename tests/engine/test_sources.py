@@ -193,6 +193,16 @@ def test_turns_of_weight_0_are_not_trained():
     assert parse_row(row).untrained == (1,)
 
 
+def test_of_a_pair_the_completion_alone_is_trained():
+    row = {"prompt": [user("Q"), assistant("A"), user("R")], "completion": [assistant("B"), user("S"), assistant("C")]}
+    assert parse_row(row).untrained == (1,)
+    row["completion"][0]["weight"] = 0
+    assert parse_row(row).untrained == (1, 3)
+    row["completion"][0]["weight"] = 2
+    with pytest.raises(InputError, match=r"completion\[0\].weight: is 2, expected 0 or 1"):
+        parse_row(row)
+
+
 def test_what_is_kept_of_a_row():
     row = {"uuid": "u", "input": "Q", "output": " A\n", "domain": "math", "meta": '{"answer": "1"}', "other": 3}
     parsed = parse_row(row)
