@@ -16,6 +16,7 @@ seconds the run stops with an error, and goes on when it is started again.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import queue
@@ -95,7 +96,7 @@ class ServerTeacher:
                     if request is not None:
                         run.submit(_Job(request))
                         waiting += 1
-                if not waiting:
+                if not waiting and run.results.empty():
                     return
                 result = run.results.get()
                 if isinstance(result, BaseException):
@@ -188,7 +189,7 @@ class _Run:
         self._loop.call_soon_threadsafe(self._jobs.put_nowait, job)
 
     def stop(self) -> None:
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: what it had to say is among the results
             self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
 

@@ -257,6 +257,17 @@ def test_an_error_of_the_questions_is_not_swallowed():
         list(open_teacher(replace(FAST, urls=(server.url,))).sample(broken()))
 
 
+def test_an_error_before_anything_is_asked_is_not_the_end_of_the_requests(monkeypatch):
+    with FakeServer() as server, closing(open_teacher(replace(FAST, urls=(server.url,)))) as teacher:
+
+        def broken() -> dict[str, str]:
+            raise RuntimeError("no headers")
+
+        monkeypatch.setattr(teacher, "headers", broken)
+        with pytest.raises(RuntimeError, match="no headers"):
+            list(teacher.sample(requests(3)))
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch):
     monkeypatch.setenv("FAKE_KEY", "sk-secret-1")
     with FakeServer(key="sk-secret-1") as server:
