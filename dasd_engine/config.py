@@ -207,6 +207,8 @@ def _check(recipe: Recipe) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"{recipe.path}: two stages are called {max(names, key=names.count)!r}; names must differ")
     for i, stage in enumerate(recipe.stages):
+        if stage.name in ("", "..") or Path(stage.name).name != stage.name:
+            raise InputError(f"{recipe.path}: stage.{i}.name = {stage.name!r}: must be a plain name, its directory's")
         check_train(stage.train, f"{recipe.path}: stage.{i}.")
     check_shared(recipe.path, recipe.run, recipe.checkpoint, recipe.evaluate)
 
@@ -220,6 +222,9 @@ def check_train(o: TrainOptions, where: str) -> None:
         "lr": o.lr > 0,
         "min_lr": 0 <= o.min_lr <= o.lr,
         "warmup": 0 <= o.warmup <= 1,
+        "betas": all(0 <= beta < 1 for beta in o.betas),
+        "eps": o.eps >= 0,
+        "weight_decay": o.weight_decay >= 0,
         "clip": o.clip > 0,
     }, where)  # fmt: skip
 

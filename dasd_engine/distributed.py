@@ -84,6 +84,8 @@ def start(options: RunOptions) -> Iterator[World]:
     for key in ("replicas", "context_parallel"):
         if size % getattr(options, key):
             raise InputError(f"run.{key} = {getattr(options, key)} does not divide the {size} ranks")
+    if options.threads < 0:
+        raise InputError(f"threads = {options.threads}: must be at least 0")
     if options.threads:
         torch.set_num_threads(options.threads)
     if torch.cuda.is_available():

@@ -46,12 +46,22 @@ class StoredTensor(NamedTuple):
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
     """The model of a Hugging Face directory, parameters in `dtype` on `device`; InputError where it does not fit."""
-    config = read_config(path)
+    config, device = read_config(path), find_device(device)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device)
     load_weights(model, path)
     return model
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """InputError for one that torch does not know, or that is not here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r}: cannot be used here: {str(error).splitlines()[0]}") from None
+    return found
 
 
 def load_weights(model: Decoder, path: str | Path) -> None:

@@ -145,7 +145,8 @@ def _first(row: dict[str, Any], meta: dict[str, Any], key: str) -> str | None:
 def parse_gym(name: str) -> Gym:
     """`gym:TASK[:count[:seed]]`."""
     task, *numbers = name.removeprefix(GYM).split(":")
-    if not task or len(numbers) > 2 or not all(number.isdecimal() for number in numbers) or numbers[:1] == ["0"]:
+    good = task and len(numbers) <= 2 and all(number.isdecimal() for number in numbers)
+    if not good or (numbers and int(numbers[0]) == 0):
         raise InputError(
             f"{name}: write gym:TASK, gym:TASK:COUNT or gym:TASK:COUNT:SEED, for example gym:chain_sum:200:1"
         )

@@ -36,7 +36,7 @@ from dasd_engine.chat import DEFAULT_SYSTEM, Chat, load_tokenizer
 from dasd_engine.config import RunOptions
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.hf import MODEL_FILES, load_model
+from dasd_engine.hf import MODEL_FILES, find_device, load_model
 from dasd_engine.model_config import read_config
 from dasd_engine.records import Appender, OutputDirectory, read_finished, versions
 from dasd_engine.released import TeacherLogprobs, is_released, read_released
@@ -82,7 +82,7 @@ def score(
     }  # fmt: skip
     _check(parameters)
     with distributed.start(RunOptions(threads=threads)) as world, ExitStack() as stack:
-        where = torch.device(device) if device else world.device
+        where = find_device(device) if device else world.device
         parameters["dtype"] = dtype = dtype or ("bf16" if where.type == "cuda" else "fp32")
         preparer = _preparer(Path(student_dir), teacher_tokenizer, parameters)
 
@@ -243,6 +243,9 @@ def _check(parameters: dict[str, Any]) -> None:
     for name, low, high in (("beta", 0, 1), ("minimum_tokens", 1, 1 << 20), ("tokens_per_batch", 1, 1 << 30)):
         if not low <= parameters[name] <= high:
             raise InputError(f"{name} {parameters[name]}: must be from {low} to {high}")
+    context = parameters["context"]
+    if context is not None and context < 2:
+        raise InputError(f"context {context}: a document needs at least 2 tokens")
     if parameters["part"] not in PARTS:
         raise InputError(f"part {parameters['part']}: must be one of {', '.join(PARTS)}")
 

@@ -22,6 +22,8 @@ class LocalTeacher:
         """`model`: in place of the directory's weights; it is asked where it lies, in its own dtype."""
         if options.batch_size < 1:
             raise InputError(f"batch_size = {options.batch_size}: must be at least 1")
+        if options.threads < 0:
+            raise InputError(f"threads = {options.threads}: must be at least 0")
         if options.threads:
             torch.set_num_threads(options.threads)
         self.name, self.revision = name_and_revision(options)

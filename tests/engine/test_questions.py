@@ -120,7 +120,7 @@ def test_names_of_tasks():
     assert parse_gym("gym:a") == Gym("a", 100, 0)
     assert parse_gym("gym:a:5") == Gym("a", 5, 0)
     assert parse_gym("gym:a:5:6") == Gym("a", 5, 6)
-    for bad in ("gym:", "gym:a:x", "gym:a:0", "gym:a:1:2:3", "gym:a:-1"):
+    for bad in ("gym:", "gym:a:x", "gym:a:0", "gym:a:00", "gym:a:1:2:3", "gym:a:-1"):
         with pytest.raises(InputError, match="write gym:TASK"):
             parse_gym(bad)
 

@@ -275,6 +275,9 @@ def test_files_that_are_wrong_are_refused(tmp_path, student):
     file.write_text(json.dumps(good) + "\n")
     refused("part middle: must be one of", file, part="middle")
     refused("beta 2: must be from 0 to 1", file, beta=2)
+    refused("context -5: a document needs at least 2 tokens", file, context=-5)
+    refused("threads = -1", file, threads=-1)
+    refused("device 'gpu0': cannot be used here", file, device="gpu0")
     refused("gone.jsonl: cannot be read: No such file", file, teacher_logprobs=[tmp_path / "gone.jsonl"])
 
 

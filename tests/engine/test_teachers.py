@@ -211,8 +211,11 @@ def test_what_a_teacher_is_changes_with_its_files_and_not_with_how_it_is_run(tea
     assert "api_key_env" not in identify_teacher(server) and asdict(server)["urls"] == ("http://a",)
 
 
-def test_a_missing_teacher_is_named(tmp_path):
+def test_a_missing_teacher_is_named(teacher_dir, tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         open_teacher(TeacherOptions(path=str(tmp_path / "none")))
+    for option, message in (("device", "device 'gpu0': cannot be used here"), ("threads", "threads = -1")):
+        with pytest.raises(InputError, match=message):
+            open_teacher(TeacherOptions(path=str(teacher_dir), **{option: "gpu0" if option == "device" else -1}))
     with pytest.raises(InputError, match="batch_size = 0"):
         open_teacher(TeacherOptions(path=str(tmp_path), batch_size=0))
