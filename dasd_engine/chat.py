@@ -105,6 +105,8 @@ class Chat:
         generation = _read_json(folder / "generation_config.json", required=False)
         eos = generation.get("eos_token_id")
         stops = list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(stop) is int for stop in stops):
+            raise InputError(f"{folder / 'generation_config.json'}: eos_token_id must be a token id or a list of them")
         if "eos_token" in special and (eos_id := tokenizer.token_to_id(special["eos_token"])) is not None:
             stops.append(eos_id)
         return cls(tokenizer, template, special_tokens=special, stop_ids=stops, now=now, name=name)
@@ -321,10 +323,13 @@ def _find_template(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
     """The template's text and the file it is from; chat_template.jinja goes before tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: is not UTF-8 at byte {error.start}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # named templates
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if not isinstance(template, str):
         raise InputError(

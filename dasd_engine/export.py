@@ -28,13 +28,13 @@ def export(run: Path, out: Path, *, checkpoint: str | None = None, dtype: torch.
     """
     try:
         recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run}/recipe.json: {error}; give the `out` directory of a dasd_engine.train run") from None
+        source = beside(Path(recipe["path"]), recipe["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run}/recipe.json: {error!r}; give the `out` directory of a dasd_engine.train run") from None
     found = {path.name: path for path in completed(run / "checkpoints")}
     name = checkpoint or max(found, default="")
     if name not in found:
         raise InputError(f"{run}: no checkpoint {name or 'at all'}; complete ones: {', '.join(found) or 'none'}")
-    source = beside(Path(recipe["path"]), recipe["model"]["path"])
     model = Decoder(read_config(source))
     load_model_only(found[name], model)
     save_model(model, out, dtype=dtype, source=source)

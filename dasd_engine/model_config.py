@@ -78,6 +78,12 @@ class _Fields:
             raise InputError(f"{self.where}: {name} must be at least 1, is {value}")
         return value
 
+    def above_0(self, name: str, default: Any = REQUIRED) -> float:
+        value = self.take(name, float, default)
+        if not value > 0:
+            raise InputError(f"{self.where}: {name} must be above 0, is {value}")
+        return value
+
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model directory `path`; InputError names the field that cannot be used."""
@@ -142,7 +148,8 @@ def _refuse_unsupported(fields: _Fields, model_type: str) -> None:
         if fields.values.get(name):
             refuse(name)
     layer_types = fields.values.get("layer_types")
-    if layer_types is not None and set(layer_types) != {"full_attention"}:
+    full = isinstance(layer_types, list) and layer_types == ["full_attention"] * max(len(layer_types), 1)
+    if layer_types is not None and not full:
         refuse("layer_types")
     slides = fields.values.get("use_sliding_window") and fields.values.get("sliding_window")
     if layer_types is None and slides:
@@ -168,13 +175,13 @@ def _read_rope(fields: _Fields, context: int) -> Rope:
         if partial not in (None, 1, 1.0):
             raise InputError(f"{fields.where}: partial_rotary_factor {partial!r} is not supported")
     # transformers lets rope_theta inside the dictionary win, and assumes 10000 when it stands nowhere.
-    theta = rope.take("rope_theta", float, theta or (parameters or {}).get("rope_theta") or 10000.0)
+    theta = rope.above_0("rope_theta", theta or (parameters or {}).get("rope_theta") or 10000.0)
     if kind == "default":
         return Rope(theta)
     original = fields.take("original_max_position_embeddings", int, None)
     if kind != "linear":
         original = original or rope.size("original_max_position_embeddings", context)
-    factor = rope.take("factor", float, context / original if kind == "yarn" else REQUIRED)
+    factor = rope.above_0("factor", context / original if kind == "yarn" else REQUIRED)
     chosen: dict[str, Any] = {"factor": factor, "original_max_position_embeddings": original or 0}
     if kind == "llama3":
         chosen |= {n: rope.take(n, float) for n in ("low_freq_factor", "high_freq_factor")}

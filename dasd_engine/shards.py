@@ -242,7 +242,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise _damaged(path / MANIFEST, f"is not JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not {"counts", "files"} <= manifest.keys():
         raise InputError(f"{path / MANIFEST}: is not the manifest of a shard directory")
     if manifest.get("version") != VERSION:
         raise InputError(

@@ -300,7 +300,13 @@ def test_bad_model_directories(tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")  # the sandbox
     with pytest.raises(InputError, match="chat_template.jinja: fails"):
         Chat.load(folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="chat_template.jinja: is not UTF-8"):
+        Chat.load(folder)
     (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": [3]}')
+    with pytest.raises(InputError, match="no chat template"):
+        Chat.load(folder)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[-1].content }}"}')
     with pytest.raises(InputError, match="set eos_token"):
         Chat.load(folder)
@@ -308,6 +314,9 @@ def test_bad_model_directories(tmp_path):
     with pytest.raises(InputError, match="tokenizer_config.json: is not JSON"):
         Chat.load(folder)
     folder = write_model(tmp_path / "other")
+    (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(InputError, match="generation_config.json: eos_token_id"):
+        Chat.load(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: is not a tokeniser"):
         Chat.load(folder)

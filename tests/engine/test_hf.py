@@ -210,6 +210,10 @@ def test_weights_that_do_not_fit_change_nothing(qwen3: Path, tmp_path: Path) -> 
         ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope_scaling: the field low_freq_factor is missing"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "a rotary embedding a layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"layer_types": 5}, "layer_types 5 is not supported"),
+        ({"layer_types": [["full_attention"]]}, "layer_types .* is not supported"),
+        ({"rope_parameters": {"rope_theta": -5.0}}, "rope_theta must be above 0, is -5.0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor must be above 0, is 0.0"),
     ],
     ids=str,
 )

@@ -257,6 +257,9 @@ def test_any_checkpoint_can_be_exported(recipe, tmp_path, monkeypatch):
         export(out, tmp_path / "none", checkpoint="step-99")
     with pytest.raises(InputError, match="give the `out` directory"):
         export(tmp_path, tmp_path / "none")
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(InputError, match="recipe.json: .*give the `out` directory"):
+        export(tmp_path, tmp_path / "none")
     monkeypatch.setenv("HOME", str(tmp_path))
     out = run_here(recipe, "model.path=~/student", f"out={tmp_path / 'home'}", "train.epochs=1")
     export(out, tmp_path / "of-home")
