@@ -59,7 +59,7 @@ def draw(logits_NV: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[
         if any(how.temperature != 1 for how in hows):
             temperature_N = torch.tensor([how.temperature or 1.0 for how in hows], device=logits_NV.device)
             torch.exp(shifted_NC / temperature_N[:, None], out=weight_NC)
-        tokens_N = _draw(weight_NC, hows, steps)
+        tokens_N = _draw(weight_NC, hows, steps).clamp_(max=vocabulary - 1)  # a row of NaN may end among what is added
         greedy = [row for row, how in enumerate(hows) if how.temperature == 0]
         if greedy:
             tokens_N[greedy] = shifted_NC[greedy].argmax(-1)
@@ -109,12 +109,14 @@ def _invert_cells(weight_NC: Tensor, uniform_N: Tensor) -> Tensor:
 
 
 def _invert(weight_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Index of the first column whose running sum exceeds uniform x total: never one of weight 0."""
+    """Index of the first column whose running sum exceeds uniform x total: never one of weight 0. (Where the weights
+    are NaN there is none, and the last is taken: the token's logprob, NaN as well, tells.)"""
     cumulative_NV = weight_NV.cumsum(-1, dtype=torch.float64)
     total_N = cumulative_NV[:, -1]
     below_N = torch.nextafter(total_N, torch.zeros_like(total_N))
     target_N = torch.minimum(uniform_N * total_N, below_N)
-    return torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
+    found_N = torch.searchsorted(cumulative_NV, target_N[:, None], right=True)[:, 0]
+    return found_N.clamp_(max=weight_NV.shape[1] - 1)
 
 
 def uniforms(seed: int | Sequence[int], samples: Sequence[int], steps: Sequence[int]) -> np.ndarray:

@@ -245,6 +245,17 @@ def test_top_p_looks_further_than_the_likeliest_thousand():
     assert alone[0] == beside[0] and beside[1] == tokens[1]
 
 
+def test_a_row_without_numbers_has_no_logprob_and_leaves_the_others_alone():
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    broken = logits.clone()
+    broken[1, 7] = torch.nan
+    for how in (How(0.0), How(1.0), How(0.6, top_k=5), How(1.0, top_p=0.9)):
+        hows = [replace(how, sample=i) for i in range(3)]
+        (tokens, logprobs), (whole, _) = draw(broken, hows, [0] * 3), draw(logits, hows, [0] * 3)
+        assert logprobs.isnan().tolist() == [False, True, False] and tokens[::2].tolist() == whole[::2].tolist()
+        assert 0 <= tokens[1] < 2000
+
+
 def test_stop_ids_and_finish_reasons():
     model = make_model()
     prompts = make_prompts([4, 9])
