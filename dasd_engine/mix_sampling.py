@@ -3,6 +3,7 @@
 Both append a row as it is finished, so that a killed run goes on with what is missing.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, with_system
 from dasd_engine.draw import How
-from dasd_engine.errors import check_ranges
+from dasd_engine.errors import InputError, check_ranges
 from dasd_engine.filters import Drop, Filters
 from dasd_engine.generate import Prompt, generate_stream
 from dasd_engine.hf import load_model
@@ -98,6 +99,8 @@ class Sampling:
             stream = generate_stream(model, prompts(), stop_ids=self.chat.stop_ids, batch_size=batch_size)
             for index, response in stream:
                 task, cap, opened = running[index]
+                if not all(map(math.isfinite, response.logprobs)):
+                    raise InputError(f"{student}: gives no probabilities; are its weights damaged?")
                 rows.write(self._rollout(task, cap, opened, response.tokens, response.finish_reason))
                 advance()
         rows.sync()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from chats import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import environment
+from safetensors.torch import load_file, save_file
 
 from dasd_engine import mix_sampling
 from dasd_engine.chat import Chat
@@ -317,6 +319,15 @@ def test_a_run_that_goes_on_asks_again_what_failed(parts, tmp_path, monkeypatch)
 def test_a_prompt_without_room_is_counted(parts, tmp_path):
     with pytest.raises(InputError, match="no_room"):
         run(parts, tmp_path / "out", options=MixOptions(filters=Filters(context=20)))
+
+
+def test_a_student_without_numbers_is_told(parts, tmp_path):
+    shutil.copytree(parts / "student", tmp_path / "student")
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "student" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="student: gives no probabilities; are its weights damaged?"):
+        run(parts, tmp_path / "out", student=tmp_path / "student")
 
 
 def test_only_so_many_questions(parts, tmp_path):
