@@ -110,7 +110,7 @@ class Checkpointer:
                 os.rename(temporary, final)
                 _sync(self.directory)
                 for old in completed(self.directory)[: -self.keep]:
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)  # one that stays is tried again with the next
         except OSError as error:
             self._problem = error
         finally:

@@ -157,6 +157,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(recipe, tmp_path):
     assert_close(losses(tmp_path / "run"), reference, 1e-6)
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_unmake_the_new_one(recipe, monkeypatch):
+    def stuck(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    out = run_here(recipe, "checkpoint.every=1", "checkpoint.keep=1")
+    assert (out / "export" / "s0").is_dir() and len(list((out / "checkpoints").glob("step-*"))) > 1
+
+
 def test_stages_start_from_the_weights_before_with_a_fresh_schedule(tmp_path):
     write_student(tmp_path / "student")
     write_shards(tmp_path / "data0")
