@@ -135,7 +135,7 @@ def levels(report: EvalReport) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifference:
     """Of the problems that both have answered: what B is above A, with its paired interval."""
 
     temperature: float
@@ -149,7 +149,7 @@ class Comparison:
     worse: int
 
 
-def compare(a: Path, b: Path) -> tuple[list[Comparison], list[str]]:
+def compare(a: Path, b: Path) -> tuple[list[PairedDifference], list[str]]:
     """Two directories of `evaluate`, by temperature and task; and what a reader must know about the pairing.
 
     Raises InputError for a directory that is none, or is not finished, and where no problem is in both.
@@ -176,9 +176,9 @@ def compare(a: Path, b: Path) -> tuple[list[Comparison], list[str]]:
     return found, notes
 
 
-def _pair(temperature: float, task: str, pairs: Sequence[tuple[float, float]]) -> Comparison:
+def _pair(temperature: float, task: str, pairs: Sequence[tuple[float, float]]) -> PairedDifference:
     a, b = np.array(pairs).T
-    return Comparison(
+    return PairedDifference(
         temperature, task, len(a), float(a.mean()), float(b.mean()), float((b - a).mean()), bootstrap(b - a),
         int((b > a).sum()), int((b < a).sum()),
     )  # fmt: skip
@@ -238,7 +238,7 @@ def print_report(reports: Sequence[EvalReport], title: str, as_json: bool = Fals
 
 
 def print_comparison(
-    names: Sequence[Path], found: Sequence[Comparison], notes: Sequence[str], as_json: bool = False
+    names: Sequence[Path], found: Sequence[PairedDifference], notes: Sequence[str], as_json: bool = False
 ) -> None:
     if as_json:
         print(json.dumps({"comparisons": list(map(asdict, found)), "notes": notes}, indent=1))

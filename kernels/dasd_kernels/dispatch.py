@@ -151,15 +151,15 @@ def compute(
         r = cpu.run(plan, x, weight, safe, bias, t, row, **options)
     if labels.device.type == "cpu":
         fields = [r.target, r.nll, r.lse, r.mean, r.entropy]
-        target, nll, lse, mean, chaos = (None if f is None else spread(f, rows, n) for f in fields)
+        target, nll, lse, mean, entropies = (None if f is None else spread(f, rows, n) for f in fields)
     else:
         ignored = labels == ignore_index
         lost = ~ignored & ((labels < 0) | (labels >= vocab))
         fields = [r.target, r.nll.masked_fill(lost, float("nan")), r.lse, r.mean, r.entropy]
-        target, nll, lse, mean, chaos = (None if f is None else f.masked_fill(ignored, 0) for f in fields)
+        target, nll, lse, mean, entropies = (None if f is None else f.masked_fill(ignored, 0) for f in fields)
     assert target is not None and nll is not None and lse is not None
     return Result(
-        target, nll, lse, mean, chaos,
+        target, nll, lse, mean, entropies,
         None if r.rank is None else spread(r.rank, rows, n, -1).masked_fill(labels == ignore_index, -1),
         None if r.grad_hidden is None else spread(r.grad_hidden, rows, n),
         r.grad_weight, r.grad_bias, r.state,

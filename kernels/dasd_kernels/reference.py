@@ -81,9 +81,9 @@ def token_logprobs(
     valid = labels != ignore_index
     target = z.gather(1, labels.where(valid, 0)[:, None])
     logprob, lse = z.log_softmax(1), z.logsumexp(1)
-    spread = (-(logprob.exp() * logprob).sum(1)).where(valid, 0) if entropy else None
-    above = (z > target).sum(1).where(valid, -1) if rank else None
-    return TokenScores((target[:, 0] - lse).where(valid, 0), lse.where(valid, 0), spread, above)
+    entropies = (-(logprob.exp() * logprob).sum(1)).where(valid, 0) if entropy else None
+    ranks = (z > target).sum(1).where(valid, -1) if rank else None
+    return TokenScores((target[:, 0] - lse).where(valid, 0), lse.where(valid, 0), entropies, ranks)
 
 
 def log_ratio(

@@ -44,11 +44,11 @@ def token_logprobs(
                 temperature=temperature, entropy=entropy, rank=rank,
             )  # fmt: skip
         per_token = temperature if isinstance(temperature, Tensor) else None
-        nll, lse, spread, above = token_scores(
+        nll, lse, entropies, ranks = token_scores(
             hidden, weight, labels, bias, per_token, ignore_index, softcap or 0.0,
             1.0 if per_token is not None else float(temperature), entropy, rank,
         )  # fmt: skip
-    return TokenScores(-nll, lse, spread if entropy else None, above if rank else None)
+    return TokenScores(-nll, lse, entropies if entropy else None, ranks if rank else None)
 
 
 def log_ratio(
