@@ -24,9 +24,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
 from dasd_engine.errors import InputError, check_ranges, run_cli
 from dasd_engine.evaluation_report import (
@@ -42,6 +39,7 @@ from dasd_engine.evaluation_report import (
     summarize,
 )
 from dasd_engine.problems import SCORERS, Problem, final_answer, read_problems
+from dasd_engine.progress import progress_bar
 from dasd_engine.questions import identify, spread
 from dasd_engine.records import MANIFEST, OutputDirectory, write_rows
 from dasd_engine.sample import request_seed
@@ -149,10 +147,7 @@ def respond(
                     )
 
     total = sum(len(_keys(problem, asked)) for problem in problems)
-    bar = Progress(
-        TextColumn("evaluate"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"),
-        TimeRemainingColumn(), console=Console(stderr=True), disable=not progress, transient=True,
-    )  # fmt: skip
+    bar = progress_bar("evaluate", "right", quiet=not progress)
     right, made = sum(r.correct for r in there), len(there)
     with bar:
         work = bar.add_task("", total=total, completed=len(done), right="")

@@ -14,10 +14,8 @@ import torch
 from dasd_engine.checkpoint import completed, load_model_only
 from dasd_engine.config import beside
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.hf import read_config, save_model
+from dasd_engine.hf import DTYPES, read_config, save_model
 from dasd_engine.model import Decoder
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(run: Path, out: Path, *, checkpoint: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -33,6 +33,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map
 SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json")
 OWN_FILES = (*SIDE_FILES, "config.json", "model*.safetensors*", "manifest.json", "README.md")
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by the names that recipes and commands have
 FLOAT_DTYPES = {"F32", "BF16", "F16", "F64"}
 
 __all__ = ["init_weights", "load_model", "load_weights", "read_config", "save_model"]

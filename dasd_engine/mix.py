@@ -32,9 +32,9 @@ import torch
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, Prefix
 from dasd_engine.errors import InputError, run_cli
 from dasd_engine.filters import REASONS, Drop, Filters, Repetition, examine
-from dasd_engine.hf import MODEL_FILES
+from dasd_engine.hf import DTYPES, MODEL_FILES
 from dasd_engine.mix_input import Source, Task, open_source
-from dasd_engine.mix_sampling import CONTINUATIONS, DTYPES, ROLLOUTS, MixOptions, Sampling
+from dasd_engine.mix_sampling import CONTINUATIONS, ROLLOUTS, MixOptions, Sampling
 from dasd_engine.mixed_policy import MARKERS, hash_uniform, join, token_cap
 from dasd_engine.records import OutputDirectory, write_rows
 from dasd_engine.shards import hash_file, hash_files

@@ -12,23 +12,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, with_system
 from dasd_engine.draw import How
 from dasd_engine.errors import InputError, check_ranges
 from dasd_engine.filters import Drop, Filters
 from dasd_engine.generate import Prompt, generate_stream
-from dasd_engine.hf import load_model
+from dasd_engine.hf import DTYPES, load_model
 from dasd_engine.mix_input import Task
 from dasd_engine.mixed_policy import MARKERS, Cut, as_instruction, as_prefill, cut, hash_uniform, refusal, token_cap
+from dasd_engine.progress import progress_bar
 from dasd_engine.records import OutputDirectory, read_rows
 from dasd_engine.teachers import Failed, Request, TeacherOptions, open_teacher
 
 ROLLOUTS, CONTINUATIONS = "rollouts.jsonl", "continuations.jsonl"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -168,10 +164,6 @@ class Sampling:
 
     @contextmanager
     def _progress(self, what: str, total: int) -> Iterator[Callable[[], None]]:
-        bar = Progress(
-            TextColumn(f"mix: {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=self.quiet, transient=True,
-        )  # fmt: skip
-        with bar:
+        with progress_bar(f"mix: {what}", quiet=self.quiet) as bar:
             work = bar.add_task("", total=total)
             yield lambda: bar.advance(work)

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dasd_engine.chat import DEFAULT_SYSTEM, with_system
 from dasd_engine.errors import InputError, check_ranges, run_cli
+from dasd_engine.progress import progress_bar
 from dasd_engine.questions import Question, identify, read_questions, spread
 from dasd_engine.records import MANIFEST, Appender, OutputDirectory, read_rows, versions
 from dasd_engine.teachers import (
@@ -132,10 +132,7 @@ class _Sampling:
         total = len(self.questions) * len(self.asked.temperatures) * self.asked.candidates
         if len(self.done) == total:  # killed just before the end
             return
-        bar = Progress(
-            TextColumn("sample"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[made]}"),
-            TimeRemainingColumn(), console=Console(stderr=True), disable=not self.progress, transient=True,
-        )  # fmt: skip
+        bar = progress_bar("sample", "made", quiet=not self.progress)
         made = tokens = 0
         reasons: Counter[str] = Counter()
         with closing(open_teacher(options)) as teacher, bar:

@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dasd_engine import distributed
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, load_tokenizer
 from dasd_engine.config import RunOptions
 from dasd_engine.distributed import World
 from dasd_engine.errors import InputError, run_cli
-from dasd_engine.hf import MODEL_FILES, find_device, load_model
+from dasd_engine.hf import DTYPES, MODEL_FILES, find_device, load_model
 from dasd_engine.model_config import read_config
+from dasd_engine.progress import progress_bar
 from dasd_engine.records import Appender, OutputDirectory, read_finished, versions
 from dasd_engine.released import TeacherLogprobs, is_released, read_released
 from dasd_engine.scorable import PARTS, Candidate, Preparer, Scorable, Unscorable, read_candidate
@@ -47,7 +46,6 @@ from dasd_engine.shards import hash_file, hash_files
 
 CANDIDATES = "candidates.jsonl"
 LINE_BYTES = 64  # of the candidates' lines a token of a batch; a rank takes lines in chunks of about two batches
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def score(
@@ -128,12 +126,8 @@ class Job:
 
     def run(self, world: World, done: set[int], quiet: bool) -> None:
         rows = Appender(part_file(self.out, world.rank))
-        bar = Progress(
-            TextColumn("score"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-            console=Console(stderr=True), disable=quiet or not world.is_main, transient=True,
-        )  # fmt: skip
         try:
-            with bar:
+            with progress_bar("score", "rate", quiet=quiet or not world.is_main, counted=False) as bar:
                 work = bar.add_task("", total=max(self.source.stat().st_size, 1), rate="")
                 tokens, started = 0, time.monotonic()
                 for position, batch, finished in self._batches(world, done, rows):

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat
 from dasd_engine.errors import InputError
 from dasd_engine.filters import Drop, Filters, examine
+from dasd_engine.progress import progress_bar
 from dasd_engine.records import read_rows
 from dasd_engine.selection import BINS, TYPES, Candidate, Counts, count_four_types, count_types
 
@@ -291,11 +290,7 @@ def _excerpt(text: str) -> str:
 
 
 def _with_bar(path: Path, total: int, quiet: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    bar = Progress(
-        TextColumn("select"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=quiet, transient=True,
-    )  # fmt: skip
-    with bar:
+    with progress_bar("select", quiet=quiet) as bar:
         work = bar.add_task("", total=total)
         for number, row in read_rows(path, without=("token_ids", "logprobs", "token_ends")):
             yield number, row

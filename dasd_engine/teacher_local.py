@@ -8,11 +8,9 @@ import torch
 from dasd_engine.draw import How
 from dasd_engine.errors import InputError
 from dasd_engine.generate import Generation, Prompt, generate_stream
-from dasd_engine.hf import load_model
+from dasd_engine.hf import DTYPES, load_model
 from dasd_engine.model import Decoder
 from dasd_engine.teachers import Failed, Prepared, Request, Sampled, TeacherChat, TeacherOptions, name_and_revision
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LocalTeacher:
@@ -32,7 +30,7 @@ class LocalTeacher:
         if model is None:
             device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = options.dtype if options.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
-            model = load_model(options.path, dtype=_DTYPES[dtype], device=device)
+            model = load_model(options.path, dtype=DTYPES[dtype], device=device)
         self._model = model
         self._longest = self._model.config.max_position_embeddings
 
