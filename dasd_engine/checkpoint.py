@@ -23,6 +23,7 @@ from dasd_engine.distributed import World
 from dasd_engine.errors import InputError
 from dasd_engine.masters import master
 from dasd_engine.model import Decoder
+from dasd_engine.records import sync
 
 
 @dataclass
@@ -185,8 +186,4 @@ def _sync(directory: Path) -> None:
     """Flush a directory and its files to the disk, so that a rename after it is never newer than the contents."""
     for path in [*directory.iterdir(), directory]:
         if path.is_file() or path == directory:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(path)

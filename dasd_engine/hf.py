@@ -8,7 +8,6 @@ Nothing here unpickles: .bin and .pt weights are refused. `transformers` is not 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dasd_engine.errors import InputError
 from dasd_engine.model import Decoder
 from dasd_engine.model_config import config_json, read_config
+from dasd_engine.records import sync
 
 # What a model's answers and a text's tokens depend on, for manifests that must know it again.
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors")
@@ -220,8 +220,7 @@ def _write_side_files(
 def _replace(path: Path, partial: Path) -> None:
     """Puts the finished directory in place of an earlier one, its bytes on disk first."""
     for file in partial.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync(file)
     if path.exists():
         earlier = path.with_name(path.name + ".earlier")
         shutil.rmtree(earlier, ignore_errors=True)

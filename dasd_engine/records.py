@@ -209,6 +209,15 @@ def replacing(path: Path) -> Iterator[TextIO]:
     os.replace(partial, path)
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Of those that are installed: this one is not where it runs from a source tree."""
     found = {}

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dasd_engine.errors import InputError
+from dasd_engine.records import sync
 
 FORMAT = "dasd-shards"
 VERSION = 1
@@ -113,7 +114,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         os.rename(self.partial, self.path)
-        _sync_directory(self.path.parent)
+        sync(self.path.parent)
         return whole
 
     def abort(self) -> None:
@@ -303,14 +304,6 @@ def _clear_partial(partial: Path) -> None:
             except BlockingIOError:
                 raise InputError(f"{partial}: another process is writing it; wait for it to end") from None
     shutil.rmtree(partial)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
