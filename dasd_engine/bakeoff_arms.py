@@ -21,7 +21,7 @@ from typing import Any
 
 from dasd_engine.config import TrainOptions
 from dasd_engine.distill_config import DistillRecipe
-from dasd_engine.distill_stages import toml_value
+from dasd_engine.distill_stages import toml_keys, toml_value
 from dasd_engine.errors import InputError
 from dasd_engine.records import read_rows
 from dasd_engine.selection import RULES
@@ -183,15 +183,14 @@ class Training:
 
     def recipe(self, recipe: DistillRecipe) -> str:
         """The TOML text, by absolute paths; it runs alone too."""
-        lines = [f"seed = {self.seed}", f"out = {toml_value(str(self.out.resolve()))}"]
+        lines = toml_keys({"seed": self.seed, "out": str(self.out.resolve())})
         model = {"path": str(self.student.resolve()), "init": "pretrained"}
         for section, table in (
             ("model", model), ("run", asdict(recipe.run)), ("checkpoint", asdict(recipe.checkpoint))
         ):  # fmt: skip
-            lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
+            lines += ["", f"[{section}]", *toml_keys(table)]
         for name, data, options in self.stages:
-            lines += ["", "[[stage]]", f"name = {toml_value(name)}", f"data = {toml_value(str(data.resolve()))}"]
-            lines += [f"{key} = {toml_value(value)}" for key, value in asdict(options).items()]
+            lines += ["", "[[stage]]", *toml_keys({"name": name, "data": str(data.resolve()), **asdict(options)})]
         return "\n".join(lines) + "\n"
 
     @property

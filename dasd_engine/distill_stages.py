@@ -209,11 +209,15 @@ def train_recipe(recipe: DistillRecipe, name: str) -> str:
     }
     out, data = (recipe.out / f"{part}-{name}" for part in ("train", "prepare"))
     lines = [f"# Stage {name} of {recipe.path}; it runs alone too: python -m dasd_engine.train {out / 'recipe.toml'}"]
-    lines += [f"seed = {recipe.seed}", f"out = {toml_value(str(out.resolve()))}"]
+    lines += toml_keys({"seed": recipe.seed, "out": str(out.resolve())})
     for section, table in tables.items():
-        lines += ["", f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
-    lines += ["", "[[stage]]", f"name = {toml_value(name)}", f"data = {toml_value(str(data.resolve()))}"]
+        lines += ["", f"[{section}]", *toml_keys(table)]
+    lines += ["", "[[stage]]", *toml_keys({"name": name, "data": str(data.resolve())})]
     return "\n".join(lines) + "\n"
+
+
+def toml_keys(table: dict[str, Any]) -> list[str]:
+    return [f"{key} = {toml_value(value)}" for key, value in table.items()]
 
 
 def toml_value(value: Any) -> str:
