@@ -47,6 +47,7 @@ _RESULTS = (
     "evaluation-before.jsonl",
     "evaluation-after.jsonl",
     "nonfinite.json",
+    "trace-rank*.json",
     "recipe.json",
     "run.json",
 )
@@ -78,12 +79,11 @@ class Stop:
 
 def clear(out: Path) -> None:
     """Delete what an earlier run left in `out`; whatever else is there stays."""
-    for name in _RESULTS:
-        path = out / name
+    for path in [path for name in _RESULTS for path in out.glob(name)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def open_data(recipe: Recipe, world: World, display: Display) -> list[Corpus]:

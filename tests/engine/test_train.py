@@ -280,3 +280,5 @@ def test_a_trace_of_steps_is_written_on_request(recipe):
     events = json.loads((out / "trace-rank0.json").read_text())["traceEvents"]
     names = [event.get("name", "") for event in events]
     assert sum(name.startswith("ProfilerStep") for name in names) == 2 and "aten::mm" in names
+    run_here(recipe, overwrite=True)
+    assert not (out / "trace-rank0.json").exists()  # of a run that is no more
