@@ -156,9 +156,11 @@ def choose_model(wanted: str, answer: Any) -> Dialect:
     """For `wanted`, or the first, of the models that /models names. Raises Malformed, InputError where it lacks it."""
     try:
         listed = {str(entry["id"]): entry for entry in answer["data"]}
-        model = wanted or next(iter(listed), "")
+        if not listed:
+            raise Malformed("/models lists no model")  # yet: it may be loading one
+        model = wanted or next(iter(listed))
         if model not in listed:
-            raise InputError(f"serves {', '.join(listed) or 'no model'}, not {wanted or 'any'}")
+            raise InputError(f"serves {', '.join(listed)}, not {wanted}")
         longest = listed[model].get("max_model_len")
         extended = str(listed[model].get("owned_by")).lower() in _EXTENDED
         return Dialect(model, extended, longest if isinstance(longest, int) else None)

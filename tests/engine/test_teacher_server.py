@@ -11,6 +11,7 @@ import pytest
 from fake_server import STUDENT, FakeServer, answer_logprobs, answer_text
 
 from dasd_engine.errors import InputError
+from dasd_engine.server_answers import Malformed, choose_model
 from dasd_engine.teacher_server import ServerTeacher, _seconds, base_url
 from dasd_engine.teachers import Failed, Request, Sampled, TeacherOptions, open_teacher
 
@@ -292,6 +293,12 @@ def test_bad_options_are_named():
             ServerTeacher(replace(FAST, urls=(a.url, b.url)))
         with pytest.raises(InputError, match="serves a, not b"):
             ServerTeacher(replace(FAST, urls=(a.url, b.url), model="b"))
+
+
+@pytest.mark.parametrize("wanted", ["", "a"])
+def test_an_endpoint_that_lists_no_model_yet_is_asked_again_and_stops_no_run(wanted):
+    with pytest.raises(Malformed, match="/models lists no model"):
+        choose_model(wanted, {"data": []})
 
 
 def test_urls():
