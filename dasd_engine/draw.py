@@ -1,7 +1,7 @@
 """Drawing tokens from logits: temperature, top-p and top-k of each row's own, and random numbers that are hashes.
 
-A row's token depends on its logits, its `How` and its uniform number only, never on the rows beside it: ties, sums
-and the number of candidates looked at are the same in any batch.
+A row's token depends on its logits, its `SamplingParams` and its uniform number only, never on the rows beside it:
+ties, sums and the number of candidates looked at are the same in any batch.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _LIKELIEST = 1024  # columns that top-p sorts at first; most distributions need 
 
 
 @dataclass(frozen=True)
-class How:
+class SamplingParams:
     """How a request is sampled.
 
     temperature: logits are divided by it; 0 takes the likeliest token. top_p: the smallest set of likeliest tokens
@@ -41,7 +41,7 @@ class How:
         })  # fmt: skip
 
 
-def draw(logits_NV: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+def draw(logits_NV: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
     """One token a row and its natural log-probability under the logits themselves (temperature 1, nothing cut).
 
     `steps` are the tokens that each row has drawn before. Returns int64 [N] and fp32 [N].
@@ -53,30 +53,31 @@ def draw(logits_NV: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[
     shifted_NC -= shifted_NC.amax(-1, keepdim=True)
     weight_NC = shifted_NC.exp()
     lse_N = weight_NC.view(count, -1, _CELL).sum(-1).sum(-1, dtype=torch.float64).log()
-    if all(how.temperature == 0 for how in hows):
+    if all(p.temperature == 0 for p in params):
         tokens_N = shifted_NC.argmax(-1)
     else:
-        if any(how.temperature != 1 for how in hows):
-            temperature_N = torch.tensor([how.temperature or 1.0 for how in hows], device=logits_NV.device)
+        if any(p.temperature != 1 for p in params):
+            temperature_N = torch.tensor([p.temperature or 1.0 for p in params], device=logits_NV.device)
             torch.exp(shifted_NC / temperature_N[:, None], out=weight_NC)
-        tokens_N = _draw(weight_NC, hows, steps).clamp_(max=vocabulary - 1)  # a row of NaN may end among what is added
-        greedy = [row for row, how in enumerate(hows) if how.temperature == 0]
+        # A row of NaN may end among the columns that are added.
+        tokens_N = _draw(weight_NC, params, steps).clamp_(max=vocabulary - 1)
+        greedy = [row for row, p in enumerate(params) if p.temperature == 0]
         if greedy:
             tokens_N[greedy] = shifted_NC[greedy].argmax(-1)
     return tokens_N, shifted_NC.gather(1, tokens_N[:, None])[:, 0] - lse_N.float()
 
 
-def _draw(weight_NC: Tensor, hows: Sequence[How], steps: Sequence[int]) -> Tensor:
+def _draw(weight_NC: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
     """A column of every row, in proportion to its weight among those that top-k and top-p leave."""
-    seeds, samples = [how.seed for how in hows], [how.sample for how in hows]
+    seeds, samples = [p.seed for p in params], [p.sample for p in params]
     uniform_N = torch.from_numpy(uniforms(seeds, samples, steps)).to(weight_NC.device)
     cut: dict[int, list[int]] = {}  # rows by their top-k: how many are sorted never depends on other rows
-    for row, how in enumerate(hows):
-        if how.top_k or how.top_p < 1:
-            cut.setdefault(how.top_k, []).append(row)
+    for row, p in enumerate(params):
+        if p.top_k or p.top_p < 1:
+            cut.setdefault(p.top_k, []).append(row)
     tokens_N = _invert_cells(weight_NC, uniform_N)
     for top_k, rows in cut.items():
-        top_p_N = torch.tensor([hows[row].top_p for row in rows], dtype=torch.float64, device=weight_NC.device)
+        top_p_N = torch.tensor([params[row].top_p for row in rows], dtype=torch.float64, device=weight_NC.device)
         tokens_N[rows] = _draw_likeliest(weight_NC[rows], uniform_N[rows], top_p_N, top_k)
     return tokens_N
 

@@ -2,15 +2,16 @@
 
     responses = generate(model, prompts, max_new_tokens=512, temperature=0.6, stop_ids=chat.stop_ids, seed=1)
 
-    for index, response in generate_stream(model, (Prompt(ids, 512, How(seed=s)) for ids, s in ...), stop_ids=...):
+    prompts = (Prompt(ids, 512, SamplingParams(seed=seed)) for ids, seed in ...)
+    for index, response in generate_stream(model, prompts, stop_ids=chat.stop_ids):
         ...                                                     # each as it ends; prompts are taken as rows fall free
 
 Prompts are prefilled as packs, one that is asked for several times only once; then every running request advances one
 token a step over a key-value cache. A request that ends leaves the batch and a waiting one takes its row, so short
 responses never wait for long ones.
 
-What a request draws depends on its prompt and its `How` and on nothing else: the same request gives the same tokens
-in any batch and next to any neighbours.
+What a request draws depends on its prompt and its `SamplingParams` and on nothing else: the same request gives the same
+tokens in any batch and next to any neighbours.
 
 On a CPU its logprobs are those of a plain forward: `Decoder.forward` over the whole text without gradients, as `score`
 runs it, and `token_logprobs`. In fp32 they are the same bits; in bf16 the hidden states are, and the logprobs differ by
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from dasd_engine.attention import attention
 from dasd_engine.cpu_decoder import Attend, CpuDecoder
-from dasd_engine.draw import How, draw
+from dasd_engine.draw import SamplingParams, draw
 from dasd_engine.errors import InputError
 from dasd_engine.kv_cache import KVCache
 from dasd_engine.model import Block, Decoder
@@ -43,11 +44,11 @@ _VECTOR = 16  # rows of a matrix product are a multiple of it
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to continue, at least one, by at most `max_new_tokens`, sampled as `how` says."""
+    """Token ids to continue, at least one, by at most `max_new_tokens`, sampled as `params` say."""
 
     tokens: Sequence[int]
     max_new_tokens: int
-    how: How = How()
+    params: SamplingParams = SamplingParams()
 
 
 @dataclass
@@ -77,7 +78,7 @@ def generate(
 
     Args:
         prompts: token ids, each prompt at least one. For several samples of a prompt repeat it.
-        temperature, top_p, top_k: see `draw.How`. What prompt i draws depends on (seed, i, step).
+        temperature, top_p, top_k: see `draw.SamplingParams`. What prompt i draws depends on (seed, i, step).
         stop_ids: tokens that end a response.
         batch_size: requests advanced together; each holds a row of the cache.
         on_finish: called with the index of a prompt and its response when it ends.
@@ -89,7 +90,8 @@ def generate(
         InputError: naming the prompt or the option that is wrong.
     """
     requests = [
-        Prompt(tokens, max_new_tokens, How(temperature, top_p, top_k, seed, i)) for i, tokens in enumerate(prompts)
+        Prompt(tokens, max_new_tokens, SamplingParams(temperature, top_p, top_k, seed, i))
+        for i, tokens in enumerate(prompts)
     ]
     for i, request in enumerate(requests):  # before any work is done
         _check(model, i, request)
@@ -122,8 +124,8 @@ def generate_stream(
         else:
             hidden_ND, advanced = batch.prefill([request.prompt.tokens for request in admitted]), admitted
             running = running + admitted
-        hows, steps = [r.prompt.how for r in advanced], [len(r.out.tokens) for r in advanced]
-        tokens_N, logprobs_N = batch.draw(hidden_ND, hows, steps)
+        params, steps = [r.prompt.params for r in advanced], [len(r.out.tokens) for r in advanced]
+        tokens_N, logprobs_N = batch.draw(hidden_ND, params, steps)
         batch.feed(tokens_N)
         for request, token, logprob in zip(advanced, tokens_N.tolist(), logprobs_N.tolist(), strict=True):
             request.add(token, logprob, stop_ids)
@@ -250,12 +252,12 @@ class _Batch:
         self.lengths_B = self.lengths_B + 1
         return hidden_BD[:in_use]
 
-    def draw(self, hidden_ND: Tensor, hows: Sequence[How], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def draw(self, hidden_ND: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Tokens and logprobs, as `draw.draw`, of the last prefill's or decode's hidden states."""
         count = len(hidden_ND)
         head = self.compiled.head if self.compiled else self.model.logits
         logits_NV = head(F.pad(hidden_ND, (0, 0, 0, self.filled(count) - count)))[:count]
-        tokens_N, logprobs_N = draw(logits_NV, hows, steps)
+        tokens_N, logprobs_N = draw(logits_NV, params, steps)
         if self.compiled and not self.compiled.scores:
             logprobs_N = token_logprobs(hidden_ND, self.model.head_weight, tokens_N).logprob
         return tokens_N, logprobs_N
@@ -302,4 +304,4 @@ def _check(model: Decoder, index: int, prompt: Prompt) -> None:
         raise InputError(f"prompts[{index}] holds a token outside the model's vocabulary of {vocabulary}")
     if prompt.max_new_tokens < 1:
         raise InputError(f"max_new_tokens = {prompt.max_new_tokens} is out of range")
-    prompt.how.check()
+    prompt.params.check()

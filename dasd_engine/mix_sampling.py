@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dasd_engine.chat import DEFAULT_SYSTEM, Chat, with_system
-from dasd_engine.draw import How
+from dasd_engine.draw import SamplingParams
 from dasd_engine.errors import InputError, check_ranges
 from dasd_engine.filters import Drop, Filters
 from dasd_engine.generate import Prompt, generate_stream
@@ -89,7 +89,7 @@ class Sampling:
                     continue
                 running[len(running)] = task, cap, opened
                 o, seed = self.options, int(hash_uniform(self.options.seed, task.id, "rollout") * 2**53)
-                yield Prompt(ids, cap, How(o.temperature, o.top_p, 0, seed))
+                yield Prompt(ids, cap, SamplingParams(o.temperature, o.top_p, 0, seed))
 
         with self._progress("student", len(missing)) as advance:
             stream = generate_stream(model, prompts(), stop_ids=self.chat.stop_ids, batch_size=batch_size)

@@ -81,8 +81,8 @@ def sample(
     Args:
         questions: names as `questions.read_questions` takes them.
         options: fields of SampleOptions. candidates: responses a question and temperature. temperatures: 0 takes the
-            likeliest tokens. top_p, top_k: see `draw.How`. max_new_tokens: longest response. limit: that many
-            questions, evenly spread. system: put in front of questions that have no system prompt ("" for none).
+            likeliest tokens. top_p, top_k: see `draw.SamplingParams`. max_new_tokens: longest response. limit: that
+            many questions, evenly spread. system: put in front of questions that have no system prompt ("" for none).
         progress: a bar on stderr, and a table at the end.
         retry_failed: ask once more what failed before, also of a finished directory.
 

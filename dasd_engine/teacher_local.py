@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from dasd_engine.draw import How
+from dasd_engine.draw import SamplingParams
 from dasd_engine.errors import InputError
 from dasd_engine.generate import Generation, Prompt, generate_stream
 from dasd_engine.hf import DTYPES, load_model
@@ -59,10 +59,10 @@ class LocalTeacher:
             except InputError as error:
                 refused.append((request, Failed(str(error))))
                 continue
-            how = How(request.temperature, request.top_p, request.top_k, request.seed)
+            params = SamplingParams(request.temperature, request.top_p, request.top_k, request.seed)
             running[index] = request, prompt
             index += 1
-            yield Prompt(prompt[0], most, how)
+            yield Prompt(prompt[0], most, params)
 
     def _response(self, request: Request, prompt: Prepared, out: Generation) -> Sampled | Failed:
         return self._chat.response(prompt, request, out.tokens, out.logprobs, out.finish_reason)

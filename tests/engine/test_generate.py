@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dasd_engine import Decoder, ModelConfig, init_weights, save_model
-from dasd_engine.draw import How, draw, uniforms
+from dasd_engine.draw import SamplingParams, draw, uniforms
 from dasd_engine.errors import InputError
 from dasd_engine.generate import Prompt, generate, generate_stream
 from dasd_kernels import token_logprobs
@@ -136,7 +136,7 @@ def test_a_request_does_not_depend_on_its_neighbours(group, dtype):
     model = make_model(replace(QWEN3, **shape)).to(dtype)
     prompts = make_prompts([6, 3, 9, 124, 1, 120, 5, 60])
     requests = [
-        Prompt(tokens, 12 + 5 * i, How(temperature=[1.0, 0.6, 0.0][i % 3], top_p=[1.0, 0.95][i % 2], seed=i))
+        Prompt(tokens, 12 + 5 * i, SamplingParams(temperature=[1.0, 0.6, 0.0][i % 3], top_p=[1.0, 0.95][i % 2], seed=i))
         for i, tokens in enumerate([*prompts, prompts[0], prompts[0]])
     ]
 
@@ -164,7 +164,7 @@ def test_a_stream_takes_prompts_as_rows_fall_free():
     def prompts():
         for i, length in enumerate(lengths):
             taken.append(i)
-            yield Prompt([i + 1], length, How(seed=i))
+            yield Prompt([i + 1], length, SamplingParams(seed=i))
 
     ended = []
     for index, response in generate_stream(make_model(), prompts(), batch_size=2):
@@ -178,8 +178,8 @@ def test_what_a_request_draws_comes_from_its_own_seed():
     model = make_model(peak=12.0)
     prompt = make_prompts([6])[0]
 
-    def tokens(**how) -> list[int]:
-        ((_, response),) = generate_stream(model, [Prompt(prompt, 12, How(**how))])
+    def tokens(**params) -> list[int]:
+        ((_, response),) = generate_stream(model, [Prompt(prompt, 12, SamplingParams(**params))])
         return response.tokens
 
     assert tokens(seed=5) == tokens(seed=5)
@@ -235,13 +235,13 @@ def test_top_p_looks_further_than_the_likeliest_thousand():
     half = flat.softmax(-1).sort(descending=True)
     needed = half.indices[: int((half.values.double().cumsum(0) < 0.5).sum()) + 1].tolist()
     count = 1200
-    hows = [How(top_p=0.5, sample=i) for i in range(count)]
-    tokens, logprobs = draw(flat.expand(count, -1), hows, [0] * count)
+    params = [SamplingParams(top_p=0.5, sample=i) for i in range(count)]
+    tokens, logprobs = draw(flat.expand(count, -1), params, [0] * count)
     assert set(tokens.tolist()) <= set(needed)
     assert len(set(tokens.tolist()) & set(half.indices[1024:].tolist())) > 100
     torch.testing.assert_close(logprobs, flat.log_softmax(-1)[tokens])
-    alone, _ = draw(peaked[None], hows[:1], [0])
-    beside, _ = draw(torch.stack([peaked, flat]), hows[:2], [0, 0])
+    alone, _ = draw(peaked[None], params[:1], [0])
+    beside, _ = draw(torch.stack([peaked, flat]), params[:2], [0, 0])
     assert alone[0] == beside[0] and beside[1] == tokens[1]
 
 
@@ -249,9 +249,9 @@ def test_a_row_without_numbers_has_no_logprob_and_leaves_the_others_alone():
     logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
     broken = logits.clone()
     broken[1, 7] = torch.nan
-    for how in (How(0.0), How(1.0), How(0.6, top_k=5), How(1.0, top_p=0.9)):
-        hows = [replace(how, sample=i) for i in range(3)]
-        (tokens, logprobs), (whole, _) = draw(broken, hows, [0] * 3), draw(logits, hows, [0] * 3)
+    for p in (SamplingParams(0.0), SamplingParams(1.0), SamplingParams(0.6, top_k=5), SamplingParams(1.0, top_p=0.9)):
+        params = [replace(p, sample=i) for i in range(3)]
+        (tokens, logprobs), (whole, _) = draw(broken, params, [0] * 3), draw(logits, params, [0] * 3)
         assert logprobs.isnan().tolist() == [False, True, False] and tokens[::2].tolist() == whole[::2].tolist()
         assert 0 <= tokens[1] < 2000
 
