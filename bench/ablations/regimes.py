@@ -24,6 +24,10 @@ class Size:
 
 
 QUICK = Size(seeds=2, problems=16, share=0.1)
+AS_PILOT = (
+    "train.packs_per_step=3", "train.epochs=4", "train.lr=1e-3", "train.min_lr=2e-4", "mixed.min_lr=6e-5",
+    "mix.questions=293",
+)  # fmt: skip
 LONG = ("train.epochs=9", "train.lr=3e-3", "mix.questions=220")
 
 
@@ -91,9 +95,14 @@ REGIMES = (
     ),
     Regime(
         "pilot", "the pilot's task, teacher, students and training", (END,), world=PILOT, questions=1800, rows=800,
-        options=(
-            "train.packs_per_step=3", "train.epochs=4", "train.lr=1e-3", "train.min_lr=2e-4", "mixed.min_lr=6e-5",
-            "mix.questions=293",
+        options=AS_PILOT,
+    ),
+    Regime(
+        "pilot_again", "pilot with other students, which have learnt to add", (END,), world=PILOT, questions=1800,
+        rows=800, options=AS_PILOT, seeds=tuple(range(5, 11)), tables=(
+            only(TABLES[0], "low", "high", "high2", "low_high"),
+            only(TABLES[1], "random", "teacher_count", "longest", "shortest", "min_count", "right_only"),
+            only(TABLES[2], "random", "teacher_count", "min_count"),
         ),
     ),
 )  # fmt: skip
