@@ -99,7 +99,7 @@ REGIMES = (
     ),
     Regime(
         "pilot_again", "pilot with other students, which have learnt to add", (END,), world=PILOT, questions=1800,
-        rows=800, options=AS_PILOT, seeds=tuple(range(5, 11)), tables=(
+        rows=800, options=AS_PILOT, seeds=(6, 8, 10), tables=(  # of 5 to 10 those that can add, as the plan says
             only(TABLES[0], "low", "high", "high2", "low_high"),
             only(TABLES[1], "random", "teacher_count", "longest", "shortest", "min_count", "right_only"),
             only(TABLES[2], "random", "teacher_count", "min_count"),
