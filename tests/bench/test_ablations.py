@@ -13,6 +13,7 @@ from bench.ablations.__main__ import main, wait
 from bench.ablations.arms import CLAIMS, SWEEP, TABLES, Arm, runs
 from bench.ablations.pilot_task import DIRECT, TEACHER, solve
 from bench.ablations.pilot_task import make_problem as make_story
+from bench.ablations.pooled import POOLS
 from bench.ablations.regimes import REGIMES, Regime, Size
 from bench.ablations.results import begin, collect
 from bench.ablations.worlds import NOISE, PILOT, SETS, make_noisy_teacher
@@ -55,6 +56,15 @@ def test_behind_a_task_that_fails_nothing_is_begun(capsys):
         wait([queued, begun, failed])
     assert queued.cancelled() and begun.running()
     assert "OSError: no space left" in capsys.readouterr().err
+
+
+def test_regimes_taken_together_have_arms_and_world_in_common():
+    by_name = {regime.name: regime for regime in REGIMES}
+    for a, b in ((by_name[first], by_name[second]) for first, second, _ in POOLS):
+        arms = {table.name: set(table.arms) for table in a.tables}
+        assert all(set(table.arms) <= arms[table.name] for table in b.tables)
+        assert (a.world, a.rows, a.options, a.noisy) == (b.world, b.rows, b.options, b.noisy)
+        assert not set(a.seeds) & set(b.seeds)
 
 
 def test_the_written_plan_names_every_arm():
