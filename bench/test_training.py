@@ -6,8 +6,9 @@ whose lengths are lognormal around 500 tokens, all of them trained. Every traine
 faster of two steps counts, of ours the median of five, after one that is not timed. Times are for as many tokens as the
 pack holds; memory is all that a process ever had resident, its libraries too. TRL recomputes unless told not to.
 
-The floor is the time of a step's products in bf16 by torch.mm, timed before and after at the model's own shapes, with
-attention inside documents at their rate.
+All compute in bf16 where the CPU multiplies it, else in fp32; DASD_BENCH_DTYPE=fp32 or bf16 says which. The floor is
+the time of a step's products by torch.mm, timed before and after at the model's own shapes, with attention inside
+documents at their rate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 
 from bench.test_score import SMOLLM2
-from bench.trainers import Trainer, seconds_of_products
+from bench.trainers import DTYPE, Trainer, seconds_of_products
 from dasd_engine.metrics import document_flops
 from dasd_engine.model_config import ModelConfig, read_config
 from dasd_engine.shards import Shards, ShardWriter
@@ -36,8 +37,10 @@ QWEN3 = {
 }  # fmt: skip
 MODELS = {"SmolLM2-135M": SMOLLM2, "4-layer Qwen3": QWEN3}
 RECOMPUTED = ("selective", "full")
-PEERS = {"TRL": "trl", "TRL, no recomputation": "trl-plain", "transformers, autocast": "transformers",
-         "transformers, bf16 weights": "transformers-bf16"}  # fmt: skip
+PEERS = {"TRL": "trl", "TRL, no recomputation": "trl-plain"} | (
+    {"transformers, autocast": "transformers", "transformers, bf16 weights": "transformers-bf16"} if DTYPE == "bf16"
+    else {"transformers": "transformers"}
+)  # fmt: skip
 TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<e>": 0, "<u>": 1}, "unk_token": "<u>"}}
 
 
@@ -106,7 +109,7 @@ def test_training(benchmark: Any, tmp_path: Path, name: str, tokens: int) -> Non
     floor = min(floor, seconds_of_products(shapes(config, tokens)) * flops / products)
     share = floor / statistics.median(row["seconds"] for row in rows)
     benchmark.extra_info.update(
-        case=f"{name}, a pack of {tokens:,}", work=[tokens, "tokens"], peers=peers, floor=floor,
+        case=f"{name}, {DTYPE}, a pack of {tokens:,}", work=[tokens, "tokens"], peers=peers, floor=floor,
         peak_bytes=rows[-1]["peak_bytes"],
         notes={"of the floor's speed": f"{share:.0%}", "floor's rate": f"{flops / floor / 1e9:.0f} GFLOP/s",
                "fill": f"{rows[-1]['tokens'] / tokens:.2%}"},

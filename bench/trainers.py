@@ -4,7 +4,8 @@
 
 DIR holds `student/` (config.json; weights are random, which takes the same time) and `data/`, shards of documents. A
 step is one pack of TOKENS tokens, all trained: forward, backward, clipping, AdamW. Each line on standard input orders
-one; the answer is a line `STEP {"seconds": s, "tokens": n, "peak_bytes": b}`.
+one; the answer is a line `STEP {"seconds": s, "tokens": n, "peak_bytes": b}`. All compute in DASD_BENCH_DTYPE, bf16 or
+fp32; by default bf16 where the CPU multiplies it.
 
 Trainers have processes of their own because their peak memory is compared, and because together they would not fit.
 """
@@ -27,6 +28,7 @@ import torch
 from dasd_engine.metrics import peak_memory
 from dasd_engine.shards import Shards
 
+DTYPE = os.environ.get("DASD_BENCH_DTYPE", "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")
 TRAINERS = ("ours", "trl", "trl-plain", "transformers", "transformers-bf16")
 
 
@@ -96,7 +98,7 @@ def ours(directory: Path, tokens: int, *overrides: str) -> None:
         'packs_per_step = 1\nepochs = 50\n[checkpoint]\nevery = 1000000\n[[stage]]\nname = "bench"\ndata = "data"\n'
     )
     train.Run = Held  # type: ignore[misc]
-    loaded = load_recipe(recipe, ["run.compute=bf16", *overrides])
+    loaded = load_recipe(recipe, [f"run.compute={DTYPE}", *overrides])
     with distributed.start(loaded.run) as world:
         train.train(loaded, world, overwrite=True)
 
@@ -114,14 +116,15 @@ def their_model(directory: Path, dtype: torch.dtype) -> Any:
 
 
 def plain_loop(directory: Path, tokens: int, dtype: torch.dtype) -> None:
-    """transformers as its documentation shows it: documents joined, loss from the model. fp32 weights are autocast."""
+    """transformers as its documentation shows it: documents joined, loss from the model. fp32 weights are
+    autocast where bf16 is asked for."""
     model = their_model(directory, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
     stream = torch.tensor([token for document in documents(directory) for token in document])
     for begin in range(0, len(stream), tokens):
         ordered()
         start, ids = time.perf_counter(), stream[None, begin : begin + tokens]
-        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 and DTYPE == "bf16" else nullcontext():
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,7 +134,7 @@ def plain_loop(directory: Path, tokens: int, dtype: torch.dtype) -> None:
 
 
 def trl(directory: Path, tokens: int, **changes: Any) -> None:
-    """SFTTrainer with packing and bf16, else its defaults."""
+    """SFTTrainer with packing and the dtype asked for, else its defaults."""
     import datasets
     import transformers
     from trl import SFTConfig, SFTTrainer
@@ -156,9 +159,9 @@ def trl(directory: Path, tokens: int, **changes: Any) -> None:
         model=their_model(directory, torch.float32),
         processing_class=tokenizer,
         args=SFTConfig(
-            output_dir=str(directory / "trl"), max_length=tokens, packing=True, bf16=True, use_cpu=True,
-            per_device_train_batch_size=1, max_steps=1000, save_strategy="no", report_to="none", disable_tqdm=True,
-            logging_steps=1000, **changes,
+            output_dir=str(directory / "trl"), max_length=tokens, packing=True, bf16=DTYPE == "bf16",
+            use_cpu=True, per_device_train_batch_size=1, max_steps=1000, save_strategy="no", report_to="none",
+            disable_tqdm=True, logging_steps=1000, **changes,
         ),  # fmt: skip
         train_dataset=datasets.Dataset.from_dict({"input_ids": documents(directory)}),
         callbacks=[Orders()],
@@ -167,11 +170,11 @@ def trl(directory: Path, tokens: int, **changes: Any) -> None:
 
 
 def seconds_of_products(shapes: Iterable[tuple[int, int, int]]) -> float:
-    """What torch.mm takes for products [m, k] x [k, n] in bf16, into memory that is there: the best of four each."""
-    total = 0.0
+    """What torch.mm takes for products [m, k] x [k, n], into memory that is there: the best of four each."""
+    total, dtype = 0.0, torch.bfloat16 if DTYPE == "bf16" else torch.float32
     for (m, k, n), count in Counter(shapes).items():
-        a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
-        out, seconds = torch.empty(m, n, dtype=torch.bfloat16), []
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        out, seconds = torch.empty(m, n, dtype=dtype), []
         for _ in range(4):
             start = time.perf_counter()
             torch.mm(a, b, out=out)

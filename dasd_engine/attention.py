@@ -5,8 +5,8 @@
 | "varlen" | `torch.nn.attention.varlen.varlen_attn`: FA2, or FA3/FA4 where installed | CUDA, fp16 or bf16 |
 | "flash" | `flash_attn_varlen_func` of the flash-attn package | CUDA, fp16 or bf16, the extra `flash` |
 | "sdpa" | `scaled_dot_product_attention`, a call a document; no length squared is ever stored | nothing |
-| "auto" | "varlen" where it can run; on a CPU `dasd_kernels.attention` where that can, else without gradients
-|        | `dasd_kernels.decode.attend_pack`, with them "sdpa" | |
+| "auto" | "varlen" where it can run; on a CPU `dasd_kernels.attention`: fp32, and bf16 with AVX512-BF16. Else without
+|        | gradients `dasd_kernels.decode.attend_pack`, with them "sdpa" | |
 
 Measured for "sdpa" on a CPU (fp32, forward+backward, 2,048-4,096 tokens): cutting the pack with `split` takes 0.5-0.65
 of the time of slicing it, whose backward adds a whole zeroed pack a document. Explicit attention over documents padded

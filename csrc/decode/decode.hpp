@@ -40,6 +40,13 @@ struct Cache {
   int64_t room;
 };
 
+struct PackGradients {
+  const int64_t* order;            // the documents, longest first
+  const float *out, *lse, *dout;   // as attend_pack's
+  float *dq, *dk, *dv;             // [rows, count, dim], of keys and values [rows, their count, dim]
+  float* partial;                  // [2, rows, count, dim] for keys of several heads: what each of these adds to dk and dv
+};
+
 // x [rows, depth] bf16, times the rows of one weight, or of two (gated): out = x weightᵀ + bias in bf16 or fp32, or
 // silu(x gateᵀ + bias) * (x upᵀ + bias) in bf16. Every sum and silu is rounded to bf16 as F.linear and swiglu do.
 struct Linear {
@@ -63,9 +70,13 @@ struct DecodeKernels {
   // dim].
   void (*attend_next)(const Heads& queries, const Heads& keys, const Heads& values, const int64_t* last, const Cache&,
                       float scale, void* out, bool bf16, int threads);
-  // Causal attention inside the documents bounds[i] to bounds[i + 1] of a pack: out [rows, count, dim].
+  // Causal attention inside the documents bounds[i] to bounds[i + 1] of a pack: out [rows, count, dim], and where it is given
+  // lse [count, rows], the natural log-sum-exp of scores.
   void (*attend_pack)(const Heads& queries, const Heads& keys, const Heads& values, const int64_t* bounds,
-                      int64_t documents, float scale, void* out, bool bf16, int threads);
+                      int64_t documents, float scale, void* out, float* lse, bool bf16, int threads);
+  // Its gradients, fp32, dim a multiple of 16.
+  void (*attend_pack_backward)(const Heads& queries, const Heads& keys, const Heads& values, const int64_t* bounds,
+                               int64_t documents, float scale, const PackGradients&, int threads);
   // silu(gate) * up, silu rounded first: rows of gate and up are `stride` apart, out [rows, width].
   void (*swiglu)(const void* gate, const void* up, int64_t stride, int64_t rows, int64_t width, void* out, bool bf16,
                  int threads);

@@ -7,6 +7,7 @@
 #pragma once
 #include <cmath>
 
+#include "attention_backward.hpp"
 #include "decode.hpp"
 #include "lanes.hpp"
 #include "linear_ce/epilogue.hpp"
@@ -17,7 +18,7 @@ namespace {
 using V = Wide::V;
 constexpr int64_t kWidth = Wide::kWidth;
 constexpr int64_t kTileVecs = 2, kTile = kTileVecs * kWidth;  // tokens of a tile of keys
-constexpr int64_t kQueries = 4;                     // query heads at a time
+constexpr int64_t kQueries = kWidth == 8 ? 6 : 4;  // query heads at a time
 constexpr int64_t kSpan = kWidth == 16 ? 4 : 2;     // registers of a value at a time
 constexpr int64_t kWorthAThread = 1 << 15;          // elements
 constexpr float kLog2OfE = 1.44269504088896f;
@@ -121,8 +122,9 @@ void score(const float* q, const E* keys, int64_t tiles, int64_t dim, float* sco
   }
 }
 
-// scores -> exp(scale * (scores - their maximum)); returns 1 / their sum. What follows `count` becomes 0.
-inline float softmax(float* scores, int64_t count, int64_t padded, float scale) {
+// scores -> exp(scale * (scores - their maximum)); returns 1 / their sum, and the log-sum-exp where it is asked for. What
+// follows `count` becomes 0.
+inline float softmax(float* scores, int64_t count, int64_t padded, float scale, float* lse) {
   for (int64_t t = count; t < padded; ++t) scores[t] = -INFINITY;
   V top = Wide::set(-INFINITY), sum = Wide::set(0.f);
   for (int64_t t = 0; t < padded; t += kWidth) top = Wide::max(Wide::load(scores + t), top);
@@ -132,13 +134,21 @@ inline float softmax(float* scores, int64_t count, int64_t padded, float scale) 
     Wide::store(scores + t, p);
     sum += p;
   }
-  return 1.f / Wide::total(sum);
+  const float total = Wide::total(sum);
+  if (lse) *lse = scale * pivot + std::log(total);
+  return 1.f / total;
 }
 
-// out[r][d...] = inverse[r] * sum over tokens of weights[r][token] * values[token][d...], C registers of d.
+template <class E>
+struct Attended {  // of one query and head
+  E* out;      // [dim]
+  float* lse;  // or null
+};
+
+// to[r].out[d...] = inverse[r] * sum over tokens of weights[r][token] * values[token][d...], C registers of d.
 template <class E, int64_t R, int64_t C>
 void weigh(const float* weights, int64_t ld, const E* values, int64_t stride, int64_t count, int64_t dim, int64_t d,
-           const float* inverse, E* const* out) {
+           const float* inverse, const Attended<E>* to) {
   V acc[R][C] = {};
   const int64_t n = dim - d - (C - 1) * kWidth;
   for (int64_t t = 0; t < count; ++t) {
@@ -149,7 +159,7 @@ void weigh(const float* weights, int64_t ld, const E* values, int64_t stride, in
   }
   for (int64_t r = 0; r < R; ++r)
     for (int64_t c = 0; c < C; ++c)
-      Wide::store(out[r] + d + c * kWidth, acc[r][c] * inverse[r], c + 1 < C ? kWidth : n);
+      Wide::store(to[r].out + d + c * kWidth, acc[r][c] * inverse[r], c + 1 < C ? kWidth : n);
 }
 
 template <class E>
@@ -158,36 +168,37 @@ struct Seen {  // keys in tiles, values `stride` apart
   int64_t stride, dim;
 };
 
-// out[r] [dim] for queries q[r][dim], of which the r-th sees the first counts[r] tokens; counts do not fall.
+// to[r] for queries q[r][dim], of which the r-th sees the first counts[r] tokens; counts do not fall.
 template <class E, int64_t R = kQueries>
 void attend_queries(int64_t queries, const float* q, const Seen<E>& seen, const int64_t* counts, float scale, float* scores,
-                    E* const* out) {
+                    const Attended<E>* to) {
   if constexpr (R > 1)
-    if (queries < R) return attend_queries<E, R - 1>(queries, q, seen, counts, scale, scores, out);
+    if (queries < R) return attend_queries<E, R - 1>(queries, q, seen, counts, scale, scores, to);
   const int64_t dim = seen.dim, count = counts[R - 1], tiles = round_up(count, kTile) / kTile, ld = tiles * kTile;
   float inverse[R];
   score<E, R>(q, seen.keys, tiles, dim, scores);
-  for (int64_t r = 0; r < R; ++r) inverse[r] = softmax(scores + r * ld, counts[r], ld, scale);
+  for (int64_t r = 0; r < R; ++r) inverse[r] = softmax(scores + r * ld, counts[r], ld, scale, to[r].lse);
   int64_t d = 0;
   for (; d + kSpan * kWidth <= dim; d += kSpan * kWidth)
-    weigh<E, R, kSpan>(scores, ld, seen.values, seen.stride, count, dim, d, inverse, out);
-  for (; d < dim; d += kWidth) weigh<E, R, 1>(scores, ld, seen.values, seen.stride, count, dim, d, inverse, out);
+    weigh<E, R, kSpan>(scores, ld, seen.values, seen.stride, count, dim, d, inverse, to);
+  for (; d < dim; d += kWidth) weigh<E, R, 1>(scores, ld, seen.values, seen.stride, count, dim, d, inverse, to);
 }
 
-// The `shared` query heads of one group, of `tokens` tokens the first of which sees `count` tokens, every other one more.
+// The `shared` query heads of one group, of `tokens` tokens the first of which sees `count` tokens, every other one more; a
+// head's lse are `lse_stride` apart from the next one's.
 template <class E>
 void attend_group(const E* q, int64_t q_stride, int64_t tokens, int64_t shared, const Seen<E>& seen, int64_t count,
-                  float scale, float* wide, float* scores, E* out, int64_t out_stride) {
+                  float scale, float* wide, float* scores, E* out, int64_t out_stride, float* lse, int64_t lse_stride) {
   const int64_t dim = seen.dim;
   for (int64_t first = 0; first < tokens * shared; first += kQueries) {
     const int64_t n = least(kQueries, tokens * shared - first);
     int64_t counts[kQueries];
-    E* to[kQueries];
+    Attended<E> to[kQueries];
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t token = (first + i) / shared, head = (first + i) % shared * dim;
+      const int64_t token = (first + i) / shared, head = (first + i) % shared;
       counts[i] = count + token;
-      to[i] = out + token * out_stride + head;
-      for (int64_t d = 0; d < dim; ++d) wide[i * dim + d] = from_element(q[token * q_stride + head + d]);
+      to[i] = {out + token * out_stride + head * dim, lse ? lse + head * lse_stride + token : nullptr};
+      for (int64_t d = 0; d < dim; ++d) wide[i * dim + d] = from_element(q[token * q_stride + head * dim + d]);
     }
     attend_queries<E>(n, wide, seen, counts, scale, scores, to);
   }
@@ -214,7 +225,7 @@ void attend_next(const Heads& q, const Heads& k, const Heads& v, const int64_t* 
                  static_cast<const E*>(v.x) + row * v.stride + group * dim, last[row], dim, keys, values);
       attend_group(static_cast<const E*>(q.x) + row * q.stride + group * shared * dim, 0, 1, shared,
                    Seen<E>{keys, values, dim, dim}, last[row] + 1, scale, wide.data, scores.data,
-                   out + (row * q.count + group * shared) * dim, 0);
+                   out + (row * q.count + group * shared) * dim, 0, nullptr, 0);
     }
   }
 }
@@ -222,7 +233,7 @@ void attend_next(const Heads& q, const Heads& k, const Heads& v, const int64_t* 
 // As attend_next would for one token after another: keys are put in tiles first, a document's from a whole tile on.
 template <class E>
 void attend_pack(const Heads& q, const Heads& k, const Heads& v, const int64_t* bounds, int64_t documents, float scale,
-                 E* out, int threads) {
+                 E* out, float* lse, int threads) {
   constexpr int64_t kBlock = 16;  // tokens of a task
   const int64_t dim = q.dim, groups = k.count, shared = q.count / groups;
   int64_t room = 0, blocks = 0, longest = 0;
@@ -259,7 +270,8 @@ void attend_pack(const Heads& q, const Heads& k, const Heads& v, const int64_t* 
                          static_cast<const E*>(v.x) + b.begin * v.stride + group * dim, v.stride, dim};
       attend_group(static_cast<const E*>(q.x) + b.first * q.stride + group * shared * dim, q.stride, b.tokens, shared, seen,
                    b.first - b.begin + 1, scale, wide.data, scores.data,
-                   out + (b.first * q.count + group * shared) * dim, q.count * dim);
+                   out + (b.first * q.count + group * shared) * dim, q.count * dim,
+                   lse ? lse + group * shared * q.rows + b.first : nullptr, q.rows);
     }
   }
 }
@@ -296,10 +308,11 @@ constexpr DecodeKernels decode_table(const char* name, bool (*supported)()) {
              : attend_next(q, k, v, last, cache, scale, static_cast<float*>(out), threads);
       },
       [](const Heads& q, const Heads& k, const Heads& v, const int64_t* bounds, int64_t documents, float scale, void* out,
-         bool bf16, int threads) {
-        bf16 ? attend_pack(q, k, v, bounds, documents, scale, static_cast<uint16_t*>(out), threads)
-             : attend_pack(q, k, v, bounds, documents, scale, static_cast<float*>(out), threads);
+         float* lse, bool bf16, int threads) {
+        bf16 ? attend_pack(q, k, v, bounds, documents, scale, static_cast<uint16_t*>(out), lse, threads)
+             : attend_pack(q, k, v, bounds, documents, scale, static_cast<float*>(out), lse, threads);
       },
+      attend_pack_backward,
       [](const void* gate, const void* up, int64_t stride, int64_t rows, int64_t width, void* out, bool bf16, int threads) {
         bf16 ? swiglu(static_cast<const uint16_t*>(gate), static_cast<const uint16_t*>(up), stride, rows, width,
                       static_cast<uint16_t*>(out), threads)

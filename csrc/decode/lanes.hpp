@@ -63,6 +63,11 @@ struct Wide {
     store(some, v);
     for (int64_t i = 0; i < n; ++i) p[i] = some[i];
   }
+  static V first(V v, int64_t n) {  // the first n lanes, the others 0
+    Whole lane{};
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    return lane < static_cast<int32_t>(n) ? v : V{};
+  }
   template <class E>
   static V rounded(V v) {  // to E's precision
     E some[kWidth];

@@ -2,8 +2,14 @@
 // dtypes. The GIL is released while working.
 #include "module.hpp"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "decode.hpp"
 
@@ -67,11 +73,29 @@ void add_decode(py::module_& m) {
   });
   m.def("decode_attend_pack", [](const std::string& name, const py::tuple& queries, const py::tuple& keys,
                                  const py::tuple& values, uintptr_t bounds, int64_t documents, float scale, uintptr_t out,
-                                 bool bf16, int threads) {
+                                 uintptr_t lse, bool bf16, int threads) {
     const DecodeKernels& kernels = find(name);
     const Heads q = heads(queries), k = heads(keys), v = heads(values);
     py::gil_scoped_release unlocked;
-    kernels.attend_pack(q, k, v, at<int64_t>(bounds), documents, scale, at<void>(out), bf16, threads);
+    kernels.attend_pack(q, k, v, at<int64_t>(bounds), documents, scale, at<void>(out), at<float>(lse), bf16, threads);
+  });
+  m.def("decode_attend_pack_backward", [](const std::string& name, const py::tuple& queries, const py::tuple& keys,
+                                          const py::tuple& values, uintptr_t bounds_, int64_t documents, float scale,
+                                          const std::array<uintptr_t, 3>& forward,
+                                          const std::array<uintptr_t, 4>& gradients, int threads) {
+    const DecodeKernels& kernels = find(name);
+    const Heads q = heads(queries), k = heads(keys), v = heads(values);
+    const int64_t* bounds = at<int64_t>(bounds_);
+    py::gil_scoped_release unlocked;
+    std::vector<int64_t> order(static_cast<size_t>(documents));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return bounds[a + 1] - bounds[a] > bounds[b + 1] - bounds[b];
+    });
+    const PackGradients g{order.data(), at<float>(forward[0]), at<float>(forward[1]), at<float>(forward[2]),
+                          at<float>(gradients[0]), at<float>(gradients[1]), at<float>(gradients[2]),
+                          at<float>(gradients[3])};
+    kernels.attend_pack_backward(q, k, v, bounds, documents, scale, g, threads);
   });
   m.def("decode_swiglu", [](const std::string& name, uintptr_t gate_up, int64_t rows, int64_t width, uintptr_t out,
                             bool bf16, int threads) {

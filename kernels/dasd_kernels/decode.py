@@ -78,18 +78,45 @@ def attend_next(
 
 
 def attend_pack(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], scale: float, name: str = ""
-) -> Tensor:
-    """[T, H, K]: causal attention inside documents of these lengths, whose sum is T. Not differentiable."""
-    q_THK, k_TGK, v_TGK = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THK, k_TGK, v_TGK))
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, lengths: Sequence[int], scale: float, name: str = "",
+    lse_HT: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[T, H, K]: causal attention inside documents of these lengths, whose sum is T. Writes the natural log-sum-exp of
+    scores to `lse_HT` [H, T] fp32. `dasd_kernels.attention` has its gradients."""
+    q_THK, k_TGK, v_TGK = (with_whole_heads(x) for x in (q_THK, k_TGK, v_TGK))
     assert q_THK.dtype == k_TGK.dtype == v_TGK.dtype and sum(lengths) == len(q_THK) == len(k_TGK) == len(v_TGK)
     bounds = torch.tensor([0, *accumulate(lengths)])
     out = q_THK.new_empty(q_THK.shape)
     _C.decode_attend_pack(
         name, _heads(q_THK), _heads(k_TGK), _heads(v_TGK), bounds.data_ptr(), len(lengths), scale, out.data_ptr(),
-        *_how(q_THK),
+        0 if lse_HT is None else lse_HT.data_ptr(), *_how(q_THK),
     )  # fmt: skip
     return out
+
+
+def attend_pack_backward(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, lse_HT: Tensor, dout_THK: Tensor,
+    lengths: Sequence[int], scale: float, name: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq [T, H, K], dk, dv [T, G, K]) of `attend_pack`, fp32, K a multiple of 16; `out_THK` and `lse_HT` are what it
+    gave."""
+    q_THK, k_TGK, v_TGK = (with_whole_heads(x) for x in (q_THK, k_TGK, v_TGK))
+    out_THK, dout_THK = out_THK.contiguous(), dout_THK.contiguous()
+    assert q_THK.dtype == torch.float32 and q_THK.shape[2] % 16 == 0 and sum(lengths) == len(q_THK)
+    bounds = torch.tensor([0, *accumulate(lengths)])
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
+    partial = q_THK.new_empty(2 * q_THK.numel() if q_THK.shape[1] != k_TGK.shape[1] else 0)
+    _C.decode_attend_pack_backward(
+        name, _heads(q_THK), _heads(k_TGK), _heads(v_TGK), bounds.data_ptr(), len(lengths), scale,
+        (out_THK.data_ptr(), lse_HT.data_ptr(), dout_THK.data_ptr()),
+        (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), partial.data_ptr()), torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def with_whole_heads(x_THK: Tensor) -> Tensor:
+    """`x_THK` itself where each token's heads lie one behind the other, else a copy."""
+    return x_THK if x_THK.stride()[1:] == (x_THK.shape[2], 1) else x_THK.contiguous()
 
 
 def swiglu(gate_up: Tensor, name: str = "") -> Tensor:
