@@ -143,6 +143,7 @@ def parallelize(model: Decoder, world: World, options: RunOptions, dtype: torch.
         if not world.alone:
             fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keep)
     if world.alone:
+        model.embed_tokens.in_place = model.config.tie_word_embeddings
         return model
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]  # the root, then the blocks

@@ -86,7 +86,7 @@ def estimate(config: ModelConfig, s: Setting) -> Estimate:
     kept, again, of_activations = block_values(config, s.run)
     activations = item * tokens * (config.num_hidden_layers * kept + 3 * config.hidden_size)
     if s.alone and micro_steps == 1:  # gradients come as activations go, as backward makes them
-        gradients = max(0, item * size - activations) + item * root
+        gradients = max(0, item * size - activations)
     else:
         # One micro-step hands each block's gradients on at once; several add up in fp32, whole, until the last.
         summed = 4 * size if whole and micro_steps > 1 else 4 * size // shards

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from dasd_engine.attention import Documents, document_attention, documents
+from dasd_engine.embedding import Embedding
 from dasd_engine.model_config import ModelConfig
 from dasd_engine.recompute import kept
 from dasd_engine.rope import rotary_table
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
         self.config = config
         self.attention_backend = "auto"  # see dasd_engine.attention.attention
         self.context_group: ProcessGroup | None = None  # ranks that share a pack, each with a part of its tokens
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:

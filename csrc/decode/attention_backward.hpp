@@ -5,7 +5,11 @@
 //
 // A task is one document and one head: its result depends neither on its neighbours nor on the threads. Register tiles leave
 // out what the mask hides, so of a block on the diagonal about half is computed. FLOPs: 10 a query, key that it sees and
-// dimension. Only keys and values are copied, with tokens in the lanes; every other operand is read where it lies.
+// dimension. Operands are copied first: where heads lie, their rows fill as many pages. Memory a thread: 3 LK for the longest
+// document of L tokens; beside it 2 THK where heads share keys.
+//
+// Measured, two Zen 3 cores with AVX2: 55-70 GFLOP/s a thread (torch.mm 91), 1.2 times as fast as SDPA at 8,192 tokens, twice
+// at 500.
 #pragma once
 #include <cmath>
 
@@ -16,15 +20,14 @@
 namespace dasd {
 namespace {
 
-constexpr int64_t kBlock = 48, kQueriesOfBlock = 2 * kBlock;
-constexpr int64_t kGradientRows = 6;                         // of a register tile
-constexpr int64_t kGradientVecs = Wide::kWidth == 16 ? 4 : 2;  // 24 of 32 registers, 12 of 16
-constexpr float kNatural = 1.44269504088896f;                // log2(e)
+constexpr int64_t kBlockQueries = 96, kBlockKeys = 48;
+constexpr int64_t kGradientRows = 6, kGradientVecs = Wide::kWidth == 16 ? 4 : 2;  // 24 accumulators of 32 registers, 12 of 16
 
-// C[R, columns of J registers] (+)= A · B. A(i, s) lies at a[i lda + s], or turned at a[s lda + i]; B's rows are ldb apart. Not
-// inline, where the caller's variables would take registers from it.
+// C[R, columns of J registers] (+)= A · B. A(i, s) lies at a[i lda + s], or turned at a[s lda + i]; B's rows are ldb apart.
+// Not inline, where the caller's variables would take registers from it.
 template <bool Turned, int R, int J>
-__attribute__((noinline)) void gradient_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool add) {
+__attribute__((noinline)) void gradient_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                                             float* c, int64_t ldc, bool add) {
   Wide::V acc[R][J];
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i)
@@ -68,13 +71,13 @@ void gradient_strip(int64_t rows, const float* a, int64_t lda, const float* b, i
     if (at < columns) gradient_strip<Turned, J - 1>(rows, a, lda, b + at, ldb, columns - at, depth, c + at, ldc, add);
 }
 
-// Rows of `dim` as panels of kBlock of them, [rows / kBlock][dim][kBlock], zero past the last.
+// Rows of `dim` as panels of kBlockKeys of them, [rows / kBlockKeys][dim][kBlockKeys], zero past the last.
 inline void turned(const float* x, int64_t stride, int64_t rows, int64_t dim, float* out) {
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock, out += dim * kBlock) {
-    const int64_t count = least(kBlock, rows - r0);
-    if (count < kBlock) std::memset(out, 0, sizeof(float) * dim * kBlock);
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlockKeys, out += dim * kBlockKeys) {
+    const int64_t count = least(kBlockKeys, rows - r0);
+    if (count < kBlockKeys) std::memset(out, 0, sizeof(float) * dim * kBlockKeys);
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t d = 0; d < dim; ++d) out[d * kBlock + r] = x[(r0 + r) * stride + d];
+      for (int64_t d = 0; d < dim; ++d) out[d * kBlockKeys + r] = x[(r0 + r) * stride + d];
   }
 }
 
@@ -91,12 +94,12 @@ struct Gradients {  // of one document and head, rows a stride apart
   float scale;
 };
 
-struct GradientScratch {  // keys and values of a document, and a block of queries; copies, for operands that fill few pages
+struct GradientScratch {  // keys and values of a document, and a block of queries
   Buffer<float> turned_keys, turned_values, keys, q, dout, dq, p, ds, delta;
   GradientScratch(int64_t longest, int64_t dim)
-      : turned_keys(round_up(longest, kBlock) * dim), turned_values(round_up(longest, kBlock) * dim), keys(longest * dim),
-        q(kQueriesOfBlock * dim), dout(kQueriesOfBlock * dim), dq(kQueriesOfBlock * dim), p(kQueriesOfBlock * kBlock),
-        ds(kQueriesOfBlock * kBlock), delta(kQueriesOfBlock) {}
+      : turned_keys(round_up(longest, kBlockKeys) * dim), turned_values(round_up(longest, kBlockKeys) * dim),
+        keys(longest * dim), q(kBlockQueries * dim), dout(kBlockQueries * dim), dq(kBlockQueries * dim), p(kBlockQueries * kBlockKeys),
+        ds(kBlockQueries * kBlockKeys), delta(kBlockQueries) {}
 };
 
 // One query's scores and dP over a block of keys become P and dS; those after its first `count` keys 0.
@@ -104,7 +107,7 @@ inline void gradient_weights(float* p, float* ds, int64_t count, float lse, floa
   const Wide::V slope = Wide::set(scale);
   int64_t c = 0;
   for (; c < count; c += Wide::kWidth) {
-    Wide::V e = exp2<Wide>((Wide::load(p + c) * scale - lse) * kNatural), d = Wide::load(ds + c);
+    Wide::V e = exp2<Wide>((Wide::load(p + c) * scale - lse) * kLog2OfE), d = Wide::load(ds + c);
     if (c + Wide::kWidth > count) {
       e = Wide::first(e, count - c);
       d = Wide::first(d, count - c);
@@ -112,7 +115,7 @@ inline void gradient_weights(float* p, float* ds, int64_t count, float lse, floa
     Wide::store(p + c, e);
     Wide::store(ds + c, e * slope * (d - delta));
   }
-  for (; c < kBlock; c += Wide::kWidth) {
+  for (; c < kBlockKeys; c += Wide::kWidth) {
     Wide::store(p + c, Wide::set(0.f));
     Wide::store(ds + c, Wide::set(0.f));
   }
@@ -123,20 +126,23 @@ inline void gradient_block(const Gradients& g, int64_t q0, int64_t rows, int64_t
   const int64_t dim = g.dim;
   float *p = x.p.data, *ds = x.ds.data;
   for (int64_t r = 0; r < rows; r += kGradientRows) {
-    const int64_t n = least(kGradientRows, rows - r), seen = least(keys, q0 + r + n - k0), at = r * kBlock;
+    const int64_t n = least(kGradientRows, rows - r), seen = least(keys, q0 + r + n - k0);
     if (seen <= 0) continue;
-    gradient_strip<false>(n, x.q.data + r * dim, dim, x.turned_keys.data + k0 * dim, kBlock, seen, dim, p + at, kBlock, false);
-    gradient_strip<false>(n, x.dout.data + r * dim, dim, x.turned_values.data + k0 * dim, kBlock, seen, dim, ds + at, kBlock,
+    float *pr = p + r * kBlockKeys, *dsr = ds + r * kBlockKeys;
+    gradient_strip<false>(n, x.q.data + r * dim, dim, x.turned_keys.data + k0 * dim, kBlockKeys, seen, dim, pr, kBlockKeys,
                           false);
-    for (int64_t i = r; i < r + n; ++i)
-      gradient_weights(p + i * kBlock, ds + i * kBlock, least(keys, q0 + i + 1 - k0), g.lse[q0 + i], x.delta.data[i], g.scale);
-    gradient_strip<false>(n, ds + at, kBlock, x.keys.data + k0 * dim, dim, dim, seen, x.dq.data + r * dim, dim, k0 > 0);
+    gradient_strip<false>(n, x.dout.data + r * dim, dim, x.turned_values.data + k0 * dim, kBlockKeys, seen, dim, dsr,
+                          kBlockKeys, false);
+    for (int64_t i = 0; i < n; ++i)
+      gradient_weights(pr + i * kBlockKeys, dsr + i * kBlockKeys, least(keys, q0 + r + i + 1 - k0), g.lse[q0 + r + i],
+                       x.delta.data[r + i], g.scale);
+    gradient_strip<false>(n, dsr, kBlockKeys, x.keys.data + k0 * dim, dim, dim, seen, x.dq.data + r * dim, dim, k0 > 0);
   }
   for (int64_t r = 0; r < keys; r += kGradientRows) {
     const int64_t n = least(kGradientRows, keys - r), first = k0 + r > q0 ? k0 + r - q0 : 0;
-    const int64_t to = (k0 + r) * g.key_stride, from = first * kBlock + r, depth = rows - first;
-    gradient_strip<true>(n, p + from, kBlock, x.dout.data + first * dim, dim, dim, depth, g.dv + to, g.key_stride, q0 > k0);
-    gradient_strip<true>(n, ds + from, kBlock, x.q.data + first * dim, dim, dim, depth, g.dk + to, g.key_stride, q0 > k0);
+    const int64_t to = (k0 + r) * g.key_stride, from = first * kBlockKeys + r, depth = rows - first;
+    gradient_strip<true>(n, p + from, kBlockKeys, x.dout.data + first * dim, dim, dim, depth, g.dv + to, g.key_stride, q0 > k0);
+    gradient_strip<true>(n, ds + from, kBlockKeys, x.q.data + first * dim, dim, dim, depth, g.dk + to, g.key_stride, q0 > k0);
   }
 }
 
@@ -144,8 +150,8 @@ inline void gradient_task(const Gradients& g, GradientScratch& x) {
   turned(g.k, g.k_stride, g.length, g.dim, x.turned_keys.data);
   turned(g.v, g.v_stride, g.length, g.dim, x.turned_values.data);
   copied(g.k, g.k_stride, g.length, g.dim, x.keys.data);
-  for (int64_t q0 = 0; q0 < g.length; q0 += kQueriesOfBlock) {
-    const int64_t rows = least(kQueriesOfBlock, g.length - q0);
+  for (int64_t q0 = 0; q0 < g.length; q0 += kBlockQueries) {
+    const int64_t rows = least(kBlockQueries, g.length - q0);
     copied(g.q + q0 * g.q_stride, g.q_stride, rows, g.dim, x.q.data);
     copied(g.dout + q0 * g.out_stride, g.out_stride, rows, g.dim, x.dout.data);
     for (int64_t r = 0; r < rows; ++r) {
@@ -154,7 +160,7 @@ inline void gradient_task(const Gradients& g, GradientScratch& x) {
         sum = Wide::load(g.out + (q0 + r) * g.out_stride + d) * Wide::load(x.dout.data + r * g.dim + d) + sum;
       x.delta.data[r] = Wide::total(sum);
     }
-    for (int64_t k0 = 0; k0 < q0 + rows; k0 += kBlock) gradient_block(g, q0, rows, k0, least(kBlock, g.length - k0), x);
+    for (int64_t k0 = 0; k0 < q0 + rows; k0 += kBlockKeys) gradient_block(g, q0, rows, k0, least(kBlockKeys, g.length - k0), x);
     for (int64_t r = 0; r < rows; ++r)
       std::memcpy(g.dq + (q0 + r) * g.out_stride, x.dq.data + r * g.dim, sizeof(float) * g.dim);
   }

@@ -1,7 +1,7 @@
 // decode.hpp's calls for a vector width. All arithmetic is fp32; what a layer of torch operators would round to bf16 on the
 // way (a sum of residuals, a normed or rotated head, silu) is rounded here too, so that generation follows the forward.
 //
-// Attention takes keys and values once for four queries that share them (heads of a group, in a pack neighbouring tokens too):
+// Attention takes keys and values once for some queries that share them (heads of a group, in a pack neighbouring tokens too):
 // scores with tokens in the lanes, a softmax over all of them, then the sum of values with dimensions in the lanes. What a
 // query does not see gets the weight 0, so its result does not tell what stood beside it. FLOPs: 4 a query, token and dimension.
 #pragma once
@@ -21,7 +21,6 @@ constexpr int64_t kTileVecs = 2, kTile = kTileVecs * kWidth;  // tokens of a til
 constexpr int64_t kQueries = kWidth == 8 ? 6 : 4;  // query heads at a time
 constexpr int64_t kSpan = kWidth == 16 ? 4 : 2;     // registers of a value at a time
 constexpr int64_t kWorthAThread = 1 << 15;          // elements
-constexpr float kLog2OfE = 1.44269504088896f;
 
 inline V sigmoid(V x) { return Wide::set(1.f) / (Wide::set(1.f) + exp2<Wide>(x * -kLog2OfE)); }
 

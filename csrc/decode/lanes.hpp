@@ -6,6 +6,8 @@
 namespace dasd {
 namespace {
 
+constexpr float kLog2OfE = 1.44269504088896f;
+
 struct Wide {
   static constexpr int64_t kWidth = DASD_LANES;
   typedef float V __attribute__((vector_size(4 * DASD_LANES)));
