@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 
 class Embedding(nn.Embedding):
-    """weight[tokens]. `in_place`: backward adds its rows to `weight.grad`, each a sum in fp32 that is rounded once,
-    instead of handing autograd a gradient; so hooks of the weight and torch.autograd.grad do not see them."""
+    """weight[tokens]: int64 [T] -> [T, D] in the weight's dtype. `in_place`: backward adds its rows to
+    `weight.grad`, each a sum in fp32 that is rounded once, instead of handing autograd a gradient; so hooks of the
+    weight and torch.autograd.grad do not see them."""
 
     in_place = False
 
