@@ -102,6 +102,9 @@ def test_training(benchmark: Any, tmp_path: Path, name: str, tokens: int) -> Non
         peers[f"ours, {mode} recomputation"] = best_step(
             "ours", tmp_path, tokens, f"run.activation_checkpointing={mode}"
         )
+    peers["ours, full recomputation, compact moments"] = best_step(
+        "ours", tmp_path, tokens, "run.activation_checkpointing=full", "run.moments=compact"
+    )
     with Trainer("ours", tmp_path, tokens) as trainer:
         trainer.step()
         rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """Training state on disk: written in the background, complete or absent, readable at another world size.
 
-A checkpoint is a directory `step-00000120/` of torch.distributed.checkpoint files (weights and AdamW's moments, fp32)
+A checkpoint is a directory `step-00000120/` of torch.distributed.checkpoint files (fp32 weights, and AdamW's moments)
 and `state.json` (where the run stands). It is written under a temporary name and renamed when every rank has finished,
 so a killed or failed write never looks complete. DCP's index is a pickle: resume only from runs you trust.
 """
@@ -134,9 +134,9 @@ class Checkpointer:
             raise InputError(
                 f"{self.last}/state.json is damaged ({error}); remove that directory to go on from an earlier one"
             ) from None
-        changed = [k for k in self.identity if identity.get(k) != self.identity[k]]
+        changed = [k for k in self.identity if identity.get(k, self.identity[k]) != self.identity[k]]  # older: fewer
         if changed:
-            details = "; ".join(f"{k}: was {identity.get(k)}, now {self.identity[k]}" for k in changed)
+            details = "; ".join(f"{k}: was {identity[k]}, now {self.identity[k]}" for k in changed)
             raise InputError(
                 f"{self.last} is of another run ({details}); undo the change, choose another `out`, or pass --overwrite"
             )
@@ -165,8 +165,10 @@ def _tensors(
     """Weights, and moments where there has been a step, by parameter name."""
     named = dict(model.named_parameters())
     state = {"model": {n: master(p) for n, p in named.items()}}
-    for moment in ("exp_avg", "exp_avg_sq") if progress.updates else ():
-        state[moment] = {n: optimizer.state[p][moment] for n, p in named.items()}
+    if progress.updates:
+        kept = {n: optimizer.state[p] for n, p in named.items()}
+        for moment in next(iter(kept.values())).keys() - {"step"}:
+            state[moment] = {n: tensors[moment] for n, tensors in kept.items()}
     return state
 
 

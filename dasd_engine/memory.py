@@ -51,7 +51,7 @@ class Estimate:
     """Bytes of one rank, by what they are for."""
 
     masters: int  # fp32 weights, this rank's shard
-    moments: int  # AdamW's two, fp32
+    moments: int  # AdamW's two
     gathered: int  # parameters in the compute dtype
     gradients: int  # whole over a step, or this rank's shard, or what outgrows the activations; and of blocks under way
     activations: int  # kept from forward to backward
@@ -79,6 +79,7 @@ def estimate(config: ModelConfig, s: Setting) -> Estimate:
     root, block = parameter_counts(config)
     size = root + config.num_hidden_layers * block
     shards, item = s.ranks // s.run.replicas, s.dtype.itemsize
+    moments = {"fp32": 8, "compact": 3}[s.run.moments]
     micro_steps = math.ceil(s.packs_per_step * s.run.context_parallel / s.ranks)
     tokens = s.context // s.run.context_parallel
 
@@ -96,13 +97,13 @@ def estimate(config: ModelConfig, s: Setting) -> Estimate:
     gathered = item * (size if whole else root + 2 * block)  # a layer at a time: this one and the next
     return Estimate(
         masters=4 * size // shards,  # alone, in two halves, of which one is what blocks read
-        moments=8 * size // shards,
+        moments=moments * size // shards,
         gathered=0 if s.alone else gathered,
         gradients=gradients,
         activations=activations,
         block=item * tokens * (again + of_activations),
         loss=loss_bytes(config, tokens, s.dtype, s.device),
-        checkpoint=12 * size // shards if s.device == "cpu" else 0,
+        checkpoint=(4 + moments) * size // shards if s.device == "cpu" else 0,
     )
 
 
@@ -190,27 +191,34 @@ def device_memory(world: World) -> tuple[int, int]:
 
 
 def remedies(config: ModelConfig, setting: Setting, memory: int) -> str:
-    """The knobs that would make it fit, the cheapest first."""
-    fitting = []
-    for text, other in alternatives(config, setting):
+    """The knobs that would make it fit, the cheapest first, none that are more than others that do."""
+    fitting: list[dict[str, Any]] = []
+    texts = []
+    for knobs, other in alternatives(config, setting):
         size = estimate(config, other).total
-        if size <= USABLE * memory:
-            fitting.append(f"{text} ({size / GIB:,.1f} GiB)")
-            if "context" in text:  # the dearer ones come last: one of them is enough
-                break
+        if size > USABLE * memory or any(found.items() <= knobs.items() for found in fitting):
+            continue
+        fitting.append(knobs)
+        shorter = f" and documents of at most train.context={other.context}" if other.context < setting.context else ""
+        texts.append(" ".join(f"run.{k}={v}" for k, v in knobs.items()) + shorter + f" ({size / GIB:,.1f} GiB)")
+        if "context_parallel" in knobs or shorter:  # the dearer ones come last: one of them is enough
+            break
     if not fitting:
         return "nothing here makes it fit: use more ranks or a smaller student"
-    return "it would fit with " + ", or ".join(fitting)
+    return "it would fit with " + ", or ".join(texts)
 
 
-def alternatives(config: ModelConfig, s: Setting) -> Iterator[tuple[str, Setting]]:
-    """Settings that need less memory, by what they cost."""
+def alternatives(config: ModelConfig, s: Setting) -> Iterator[tuple[dict[str, Any], Setting]]:
+    """Keys of [run] to change, and settings that need less memory by that, by what they cost."""
     modes = ["none", "selective", "full"]
     dearer = modes[modes.index(s.run.activation_checkpointing) + 1 :]
     changes: list[dict[str, Any]] = [{"activation_checkpointing": mode} for mode in dearer]
+    least: dict[str, Any] = {"activation_checkpointing": "full", "moments": "compact"}
     if s.run.gather == "step" and not s.alone:
         changes = [{"gather": "layer"}, *changes, *({"gather": "layer"} | change for change in changes)]
-    least: dict[str, Any] = {"gather": s.run.gather if s.alone else "layer", "activation_checkpointing": "full"}
+        least["gather"] = "layer"
+    if s.run.moments == "fp32":
+        changes += [{"moments": "compact"}, *(change | {"moments": "compact"} for change in changes)]
     if s.run.replicas > 1:
         least["replicas"] = 1
         changes.append({"replicas": 1})
@@ -218,13 +226,11 @@ def alternatives(config: ModelConfig, s: Setting) -> Iterator[tuple[str, Setting
         if s.ranks % count == 0 and context_parallel.shares(count, config) and s.context % count == 0:
             changes.append(least | {"context_parallel": count})
     for change in changes:
-        text = " ".join(f"run.{key}={value}" for key, value in change.items())
-        yield text, replace(s, run=replace(s.run, **change))
+        yield change, replace(s, run=replace(s.run, **change))
     smaller = replace(s, run=replace(s.run, **least))
     while smaller.context > 1024:
         smaller = replace(smaller, context=smaller.context // 2)
-        knobs = " ".join(f"run.{key}={value}" for key, value in least.items())
-        yield f"{knobs} and documents of at most train.context={smaller.context}", smaller
+        yield least, smaller
 
 
 def main() -> None:
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=64, help="packs of a step over all ranks")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--context-parallel", type=int, default=1)
+    parser.add_argument("--moments", choices=("fp32", "compact"), default="fp32", help="as run.moments")
     parser.add_argument("--gib", type=float, default=79.6, help="memory of a device; an H100 has 79.6")
     args = parser.parse_args()
     config = read_config(args.model)
@@ -254,7 +261,7 @@ def main() -> None:
         for mode in ("none", "selective", "full"):
             run = RunOptions(
                 gather=gather, activation_checkpointing=mode, replicas=args.replicas,
-                context_parallel=args.context_parallel,
+                context_parallel=args.context_parallel, moments=args.moments,
             )  # fmt: skip
             found = estimate(config, Setting(run, args.ranks, args.context, args.packs, torch.bfloat16, "cuda"))
             sizes = [f"{size / GIB:.1f}" for size in list(vars(found).values())[:-1]]

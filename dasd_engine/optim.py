@@ -1,16 +1,19 @@
 """AdamW and its learning rate: the published configuration (arXiv 2601.09088), a fresh pair for each stage."""
 
+import itertools
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dasd_engine.config import TrainOptions
 from dasd_engine.masters import low_bits
-from dasd_kernels.masters import adamw
+from dasd_kernels.adamw import adamw, moments
 
 
-def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """Fused AdamW over fp32 masters. Matrices decay; norms and biases (one dimension) do not.
+def make_optimizer(model: torch.nn.Module, options: TrainOptions, *, compact: bool = False) -> torch.optim.AdamW:
+    """AdamW over fp32 masters, with moments in fp32 or `compact` (dasd_kernels.adamw). Matrices decay; norms and biases
+    (one dimension) do not.
 
     Moments are made at once: made at the first step they would take the places that its activations leave in the heap.
     """
@@ -21,8 +24,9 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     for p in parameters:
-        moments = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        first, second = moments(p.detach(), compact=compact)
+        step = torch.zeros((), device=p.device)
+        optimizer.state[p] = {"step": step, "ratio" if compact else "exp_avg": first, "exp_avg_sq": second}
     return optimizer
 
 
@@ -31,23 +35,39 @@ def update(optimizer: torch.optim.AdamW, rate: float, norm: float, clip: float) 
     for group in optimizer.param_groups:
         group["lr"] = rate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if low_bits(parameters[0]) is None:
+    if low_bits(parameters[0]) is None and "ratio" not in optimizer.state[parameters[0]]:  # as torch knows them
         total = torch.tensor(norm, dtype=torch.float32, device=parameters[0].device)
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
         optimizer.step()
         return
     scale = min(1.0, clip / (norm + 1e-6))  # as clip_grads_with_norm_ has it
+    places = dict(zip(parameters, itertools.accumulate((p.numel() for p in parameters), initial=0), strict=False))
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            state, low = optimizer.state[p], low_bits(p)
-            assert low is not None
+            state = optimizer.state[p]
             state["step"] += 1
+            first = state["ratio"] if "ratio" in state else state["exp_avg"]
+            weight, first, second, grad = (_local(t) for t in (p.detach(), first, state["exp_avg_sq"], p.grad))
             adamw(
-                p.detach(), low, state["exp_avg"], state["exp_avg_sq"], p.grad.contiguous(), step=int(state["step"]),
-                lr=rate, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], scale=scale,
+                weight, first, second, grad.contiguous(), low=low_bits(p), place=places[p] + _begin(p),
+                step=int(state["step"]), lr=rate, betas=group["betas"], eps=group["eps"],
+                weight_decay=group["weight_decay"], scale=scale,
             )  # fmt: skip
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _begin(p: torch.Tensor) -> int:
+    """The number of this rank's first weight within a parameter that FSDP cut into rows."""
+    if not isinstance(p, DTensor):
+        return 0
+    cut = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
+    rows = math.ceil(len(p) / p.device_mesh.size(cut)) * p.device_mesh.get_local_rank(cut)
+    return min(rows, len(p)) * (p.numel() // len(p))
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

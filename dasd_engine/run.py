@@ -107,7 +107,7 @@ def open_data(recipe: Recipe, world: World, display: Display) -> list[Corpus]:
 def identity(recipe: Recipe, config: ModelConfig, plans: list[StagePlan]) -> dict[str, str]:
     """What a resumed run must share with its checkpoint, by recipe key where there is one."""
     shape = hashlib.sha256(json.dumps(asdict(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
-    result = {"model": shape, "seed": str(recipe.seed)}
+    result = {"model": shape, "seed": str(recipe.seed), "run.moments": recipe.run.moments}
     for plan in plans:
         for key, value in asdict(plan.stage.train).items():
             result[f"stage {plan.stage.name}: {key}"] = str(value)

@@ -98,7 +98,7 @@ class Run:
         )
         found = self.checkpoints.latest()
         self.progress = found[1] if found else Progress()
-        self.optimizer = make_optimizer(self.model, plans[self.progress.stage].stage.train)
+        self.optimizer = self.new_optimizer()
         if found:
             self.checkpoints.load(found[0], self.model, self.optimizer, self.progress)
             display.say(f"going on from {found[0]} (step {self.progress.total_step})")
@@ -165,7 +165,11 @@ class Run:
         p.stage, p.epoch, p.step, p.stage_step, p.updates = p.stage + 1, 0, 0, 0, 0
         if p.stage < len(self.plans):
             del self.optimizer  # before the next one's moments are made
-            self.optimizer = make_optimizer(self.model, self.plans[p.stage].stage.train)
+            self.optimizer = self.new_optimizer()
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        options = self.plans[self.progress.stage].stage.train
+        return make_optimizer(self.model, options, compact=self.recipe.run.moments == "compact")
 
     def step(self, plan: StagePlan, step: Step, waited: float) -> None:
         """One optimizer step: loss = sum over its trained tokens ÷ their number, over all packs and ranks."""

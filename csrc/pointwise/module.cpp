@@ -61,11 +61,11 @@ void add_pointwise(py::module_& m) {
         [](Address x, int64_t count, bool bf16, int threads) { return sum_of_squares(in(x), count, bf16, threads); },
         unlocked);
   m.def("adamw",
-        [](Address high, Address low, Address first, Address second, Address grad, std::array<float, 7> options,
-           int64_t count, bool bf16, int threads) {
+        [](Address weight, Address low, Address first, Address second, bool compact, Address grad,
+           std::array<float, 7> options, uint32_t place, uint32_t seed, int64_t count, bool bf16, int threads) {
           const auto [scale, beta1, beta2, rate, root, eps, decay] = options;
-          const Masters masters{halves(high), halves(low), floats(first), floats(second)};
-          adamw(masters, in(grad), {scale, beta1, beta2, rate, root, eps, decay}, count, bf16, threads);
+          adamw({out(weight), halves(low), out(first), out(second), compact}, in(grad),
+                {scale, beta1, beta2, rate, root, eps, decay, place, seed}, count, bf16, threads);
         },
         unlocked);
 }

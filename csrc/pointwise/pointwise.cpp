@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
@@ -106,22 +107,75 @@ DASD_INLINE double squares(const T* x, int64_t count) {
   return total;
 }
 
-template <class T>
-DASD_INLINE void adamw_block(const Masters& x, const void* grad_, const AdamW o, int64_t begin, int64_t end) {
-  const T* __restrict grad = static_cast<const T*>(grad_);
-  uint16_t *__restrict high = x.high, *__restrict low = x.low;
-  float *__restrict first = x.first, *__restrict second = x.second;
+// Moments in three bytes. The first is held as its ratio to the root of the second, which Adam's bounds keep below 30
+// (docs/training.md), in a sign and seven bits: the bits of |ratio| + kLeast past those of kLeast, so 3 of mantissa and no
+// gap at zero. The second is bf16. Both are rounded at random, or decay would stop where it is less than half a step.
+constexpr float kLeast = 0x1p-11f;
+constexpr uint32_t kLeastBits = (127u - 11u) << 23;
+
+DASD_INLINE uint32_t dice(uint32_t place, uint32_t seed) {  // murmur3's last lines
+  uint32_t h = (place * 0x9e3779b1u) ^ seed;
+  h = (h ^ (h >> 16)) * 0x85ebca6bu;
+  h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+  return h ^ (h >> 16);
+}
+DASD_INLINE float ratio_of(int8_t code) {
+  const uint32_t magnitude = static_cast<uint32_t>(code < 0 ? -code : code);
+  const float ratio = float_of(kLeastBits + (magnitude << 20)) - kLeast;
+  return code < 0 ? -ratio : ratio;
+}
+DASD_INLINE int8_t code_of(float ratio, uint32_t random20) {
+  const uint32_t code = (bits_of(std::fabs(ratio) + kLeast) - kLeastBits + random20) >> 20;
+  const int32_t magnitude = static_cast<int32_t>(code < 127u ? code : 127u);
+  return static_cast<int8_t>(ratio < 0.f ? -magnitude : magnitude);
+}
+
+// W: float, or bf16 beside low bits. M: float, or int8_t beside a second moment in bf16. G: the gradients.
+template <class W, class M, class G>
+DASD_INLINE void adamw_block(const Weights& x, const void* grad_, const AdamW o, int64_t begin, int64_t end) {
+  constexpr bool compact = sizeof(M) == 1;
+  using Second = std::conditional_t<compact, bf16, float>;
+  const G* __restrict grad = static_cast<const G*>(grad_);
+  W* __restrict weights = static_cast<W*>(x.weight);
+  uint16_t* __restrict low = x.low;
+  M* __restrict first = static_cast<M*>(x.first);
+  Second* __restrict second = static_cast<Second*>(x.second);
   for (int64_t i = begin; i < end; ++i) {
-    const float g = wide(grad[i]) * o.scale;
-    const float m = first[i] + (g - first[i]) * (1.f - o.beta1), v = second[i] * o.beta2 + g * g * (1.f - o.beta2);
-    const uint32_t below = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low[i])));
-    const float weight = float_of((static_cast<uint32_t>(high[i]) << 16) + below);
+    const float g = wide(grad[i]) * o.scale, was = wide(second[i]);
+    float m, weight;
+    if constexpr (compact) m = ratio_of(first[i]) * std::sqrt(was);
+    else m = first[i];
+    if constexpr (sizeof(W) == 4) {
+      weight = weights[i];
+    } else {
+      const uint32_t below = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low[i])));
+      weight = float_of((static_cast<uint32_t>(weights[i]) << 16) + below);
+    }
+    m += (g - m) * (1.f - o.beta1);
+    const float v = was * o.beta2 + g * g * (1.f - o.beta2);
     const uint32_t bits = bits_of(weight * o.decay - o.rate * m / (std::sqrt(v) * o.root + o.eps));
-    first[i] = m;
-    second[i] = v;
-    high[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
-    low[i] = static_cast<uint16_t>(bits);
+    if constexpr (compact) {
+      const uint32_t random = dice(static_cast<uint32_t>(i) + o.place, o.seed);
+      second[i] = static_cast<bf16>((bits_of(v) + (random & 0xffffu)) >> 16);
+      const float root = std::sqrt(wide(second[i]));
+      first[i] = code_of(root > 0.f ? m / root : 0.f, random >> 12);
+    } else {
+      first[i] = m;
+      second[i] = v;
+    }
+    if constexpr (sizeof(W) == 4) {
+      weights[i] = float_of(bits);
+    } else {
+      weights[i] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+      low[i] = static_cast<uint16_t>(bits);
+    }
   }
+}
+
+template <class W, class M>
+DASD_INLINE void adamw_block(const Weights& x, const void* grad, const AdamW& o, int64_t begin, int64_t end, bool half) {
+  if (half) adamw_block<W, M, bf16>(x, grad, o, begin, end);
+  else adamw_block<W, M, float>(x, grad, o, begin, end);
 }
 
 // The entries below are what is compiled once an instruction set; everything above is inlined into them.
@@ -142,9 +196,11 @@ DASD_CLONES double squares_part(const void* x, int64_t begin, int64_t end, bool 
               : squares(static_cast<const float*>(x) + begin, end - begin);
 }
 
-DASD_CLONES void adamw_part(const Masters& x, const void* grad, const AdamW& o, int64_t begin, int64_t end, bool half) {
-  if (half) adamw_block<bf16>(x, grad, o, begin, end);
-  else adamw_block<float>(x, grad, o, begin, end);
+DASD_CLONES void adamw_part(const Weights& x, const void* grad, const AdamW& o, int64_t begin, int64_t end, bool half) {
+  if (x.low && x.compact) adamw_block<bf16, int8_t>(x, grad, o, begin, end, half);
+  else if (x.low) adamw_block<bf16, float>(x, grad, o, begin, end, half);
+  else if (x.compact) adamw_block<float, int8_t>(x, grad, o, begin, end, half);
+  else adamw_block<float, float>(x, grad, o, begin, end, half);
 }
 
 constexpr int64_t kBlock = 1 << 14;  // elements a thread takes at a time
@@ -190,9 +246,9 @@ double sum_of_squares(const void* x, int64_t count, bool half, int threads) {
   return total;
 }
 
-void adamw(const Masters& masters, const void* grad, const AdamW& options, int64_t count, bool half, int threads) {
+void adamw(const Weights& weights, const void* grad, const AdamW& options, int64_t count, bool half, int threads) {
   in_blocks(count, threads,
-            [&](int64_t begin, int64_t end) { adamw_part(masters, grad, options, begin, end, half); });
+            [&](int64_t begin, int64_t end) { adamw_part(weights, grad, options, begin, end, half); });
 }
 
 }  // namespace dasd::pointwise

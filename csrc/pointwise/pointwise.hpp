@@ -24,10 +24,13 @@ void swiglu_backward(const void* gate, const void* up, const void* dy, void* dga
 // Sum of squares in float64, in parts fixed by `count` alone.
 double sum_of_squares(const void* x, int64_t count, bool bf16, int threads);
 
-// fp32 weights as the nearest bf16 and, as int16, what their bits are beyond it; and AdamW's moments.
-struct Masters {
-  uint16_t *high, *low;
-  float *first, *second;
+// fp32 weights, whole (`low` null) or as the nearest bf16 and, as int16, what their bits are beyond it; and AdamW's moments,
+// fp32, or `compact`: int8 and bf16.
+struct Weights {
+  void* weight;
+  uint16_t* low;
+  void *first, *second;
+  bool compact;
 };
 struct AdamW {
   float scale;  // of the gradients, before all else
@@ -36,8 +39,9 @@ struct AdamW {
   float root;   // 1 / sqrt(1 - beta2^step)
   float eps;
   float decay;  // 1 - learning rate * weight decay
+  uint32_t place, seed;  // of compact moments' rounding: the first weight's number, and another seed each step
 };
 // A step of AdamW (arXiv 1711.05101) over `count` weights; gradients are fp32 or bf16.
-void adamw(const Masters& masters, const void* grad, const AdamW& options, int64_t count, bool bf16, int threads);
+void adamw(const Weights& weights, const void* grad, const AdamW& options, int64_t count, bool bf16, int threads);
 
 }  // namespace dasd::pointwise

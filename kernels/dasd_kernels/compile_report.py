@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dasd_kernels import cuda_report, triton_kl, triton_rows, triton_score
+from dasd_kernels import cuda_report, triton_adamw, triton_kl, triton_rows, triton_score
 from dasd_kernels.machine_code import PRODUCTS, TMA, Machine, read_gcn, read_sass
 from dasd_kernels.triton_ce import WORKSPACE, chunk_rows
 
@@ -45,14 +45,16 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # multiprocessors, one program each
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INT64 = ("label", "count", "order", "by_label", "offsets")
-PLAIN = ("rows", "begin", "V", "D", "stride_xn", "stride_wv", "stride_e")
-FLOATS = ("softcap", "z_loss", "smoothing")
-ELEMENTS = ("x", "w", "bias", "e_out", "xs")
+INT8 = ("poison", "first")
+PLAIN = ("rows", "begin", "V", "D", "stride_xn", "stride_wv", "stride_e", "elements", "place", "seed")
+FLOATS = ("softcap", "z_loss", "smoothing", "scale", "first_decay", "second_decay", "rate", "root", "eps", "decay")
+ELEMENTS = ("x", "w", "bias", "e_out", "xs", "grads")
+MODULES = (triton_score, triton_rows, triton_kl, triton_adamw)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation; `kernel` is the name of a function of triton_score, triton_kl or triton_rows."""
+    """One compilation; `kernel` is the name of a function of MODULES."""
 
     arch: str
     kernel: str
@@ -161,6 +163,8 @@ def sweeps(arch: str, dtype: torch.dtype) -> list[Case]:
     if dtype == torch.float32:
         wanted += [("check_kernel", shape), ("raise_kernel", shape), ("segment_kernel", {"BLOCK": 1024})]
         wanted += [("kl_finish_kernel", shape)]
+    if dtype != torch.float16:
+        wanted += [("adamw_kernel", {"BLOCK": triton_adamw.BLOCK})]
     return [Case(arch, kernel, name, "", flags) for kernel, flags in wanted]
 
 
@@ -180,8 +184,10 @@ def signature(case: Case, names: list[str]) -> tuple[dict[str, str], dict[str, A
             kind, constants[full] = "constexpr", None if name == "bias" else 1
         elif name in INT64 or (name in ("out_rank", "count") and case.kernel in ("finish_kernel", "segment_kernel")):
             kind = "*i64"
-        elif name == "poison":
+        elif name in INT8:
             kind = "*i8"
+        elif name == "second":
+            kind = "*bf16"
         elif name in ("out_rank", "ranks"):
             kind = "*i32"
         elif name in ELEMENTS or (name == "out" and case.kernel != "mean_logit_kernel"):
@@ -192,12 +198,12 @@ def signature(case: Case, names: list[str]) -> tuple[dict[str, str], dict[str, A
             kind = "fp32" if name in FLOATS else "*fp32"
         types[full] = kind
     even = {"D", "stride_xn", "stride_wv", "D2", "stride_xn2", "stride_wv2"} if case.aligned else set()
-    multiple = [n for n in names if types[n].startswith("*") or n in even | {"stride_e"}]
+    multiple = [n for n in names if types[n].startswith("*") or n in even | {"stride_e", "elements"}]
     return types, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in multiple}
 
 
 def compile_case(case: Case) -> Facts:
-    kernel = next(k for m in (triton_score, triton_rows, triton_kl) if (k := getattr(m, case.kernel, None)))
+    kernel = next(k for m in MODULES if (k := getattr(m, case.kernel, None)))
     names = kernel.arg_names
     types, constants, attributes = signature(case, names)
     keyed = {(names.index(k),): v for k, v in constants.items()}

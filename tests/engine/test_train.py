@@ -106,9 +106,11 @@ def test_kill_and_resume_is_bit_equal(recipe, tmp_path):
         assert torch.equal(weight, weights(tmp_path / "run" / "export" / "s0")[name]), name
 
 
-def test_masters_in_two_halves_resume_bit_equal(recipe, tmp_path):
-    """In bf16, where one process keeps fp32 masters as bf16 parameters and the bits that those lack."""
-    options = ["run.compute=bf16", "checkpoint.every=2", "checkpoint.keep=100"]
+@pytest.mark.parametrize("compute, moments", [("bf16", "fp32"), ("bf16", "compact"), ("fp32", "compact")])
+def test_states_in_fewer_bytes_resume_bit_equal(recipe, tmp_path, compute, moments):
+    """In bf16, where one process keeps fp32 masters as bf16 parameters and the bits that those lack; and with moments
+    of three bytes."""
+    options = [f"run.compute={compute}", f"run.moments={moments}", "checkpoint.every=2", "checkpoint.keep=100"]
     out = run_here(recipe, *options)
     expected, final = rows(out), weights(out / "export" / "s0")
     for path in (out / "checkpoints").iterdir():
@@ -120,6 +122,29 @@ def test_masters_in_two_halves_resume_bit_equal(recipe, tmp_path):
         (r["step"], r["loss"], r["grad_norm"]) for r in expected
     ]
     assert all(torch.equal(w, final[name]) for name, w in weights(out / "export" / "s0").items())
+
+
+def test_compact_moments_learn_what_fp32_ones_do(recipe, tmp_path):
+    options = ["train.epochs=12", "train.lr=1e-2"]
+    full = losses(run_here(recipe, *options))
+    compact = losses(run_here(recipe, *options, "run.moments=compact", f"out={tmp_path}/compact"))
+    assert compact[0] == full[0] and compact[1:] != full[1:]
+    assert_close([compact[-1][0]], [full[-1][0]], 0.02)
+
+
+def test_ranks_do_not_change_a_run_with_compact_moments(recipe, tmp_path):
+    """A weight is rounded by the same dice, whoever has it. Where a last bit of a gradient tips them, a moment is a
+    step of its format away: runs are nearer to each other than to one with fp32 moments."""
+    one = losses(run_here(recipe, "run.moments=compact"))
+    other = losses(run_here(recipe, f"out={tmp_path}/other"))
+    for ranks, extra in ((2, []), (4, ["run.replicas=2"])):
+        done = run(
+            recipe, "run.compute=fp32", "run.moments=compact", *extra, f"out={tmp_path}/{ranks}", ranks=ranks
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert_close(losses(tmp_path / str(ranks)), one, 2e-5)
+    with pytest.raises(AssertionError):
+        assert_close(other, one, 2e-5)
 
 
 def test_resume_at_another_world_size_sees_the_same_data(recipe, tmp_path):

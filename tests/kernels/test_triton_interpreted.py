@@ -1,4 +1,4 @@
-"""Runs triton_cases.py and triton_kl_cases.py in processes of their own: TRITON_INTERPRET=1 must be set before Triton
+"""Runs triton_*cases.py in processes of their own: TRITON_INTERPRET=1 must be set before Triton
 is imported, and would make the kernels of every other test interpreted too."""
 
 import os
@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("file", ["triton_cases.py", "triton_kl_cases.py"])
+@pytest.mark.parametrize("file", ["triton_cases.py", "triton_kl_cases.py", "triton_adamw_cases.py"])
 def test_triton_kernels_under_the_interpreter(file):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]

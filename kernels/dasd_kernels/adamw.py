@@ -1,0 +1,72 @@
+"""AdamW (arXiv 1711.05101) in one pass over memory, on fp32 weights, whole or in the halves of dasd_kernels.masters,
+with moments in fp32 or in three bytes a weight:
+
+    first, second = moments(weight, compact=True)
+    adamw(weight, first, second, grad, step=1, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+Compact moments are the second one, v, in bf16, and the first one as its ratio to the root of v in eight bits. An update
+is that ratio up to a constant, so it has one scale everywhere, |ratio| <= (1 - β1) / √((1 - β2)(1 - β1²/β2)), and needs
+no scales of blocks. The eight bits are a sign and the bits of |ratio| + 2^-11 past those of 2^-11, from the third of
+the mantissa up: steps of 2^-14 near zero, of 1/16 to 1/8 of the ratio above 2^-11, up to 30. Both are rounded at random,
+up as often as they are near the upper neighbour; to nearest, a moment would not decay that loses less than half a step
+of its format at a time. The dice are a hash of the step and of each weight's place, so that neither threads nor how
+ranks cut a tensor leave a trace.
+"""
+
+import torch
+from torch import Tensor
+
+from dasd_kernels import _C
+from dasd_kernels.pointwise import bf16
+
+
+def moments(weight: Tensor, *, compact: bool) -> tuple[Tensor, Tensor]:
+    """Those of no step yet, in the shape of `weight`, a DTensor's too: fp32, or int8 and bf16."""
+    dtypes = (torch.int8, torch.bfloat16) if compact else (torch.float32, torch.float32)
+    first, second = (torch.zeros_like(weight, dtype=dtype) for dtype in dtypes)
+    return first, second
+
+
+def adamw(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    grad: Tensor,
+    *,
+    low: Tensor | None = None,
+    place: int = 0,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale: float = 1.0,
+) -> None:
+    """The `step`-th step, from 1, in place, for gradients `grad` times `scale`; computed in fp32.
+
+    Args:
+        weight: fp32, or bf16 where the rest is in `low`, int16, as masters.split has it (CPU).
+        first, second: as `moments` made them; fp32 ones on a CPU alone, since torch's fused AdamW has them elsewhere.
+        grad: fp32 or bf16. All are contiguous, of one shape and on one device.
+        place: number of the first weight, for the rounding of compact moments: of a piece, where it begins.
+    """
+    options, seed = constants(step, lr, betas, eps, weight_decay, scale)
+    compact, place = first.dtype == torch.int8, place & 0x7FFFFFFF
+    if weight.device.type != "cpu":
+        from dasd_kernels.triton_adamw import launch
+
+        launch(weight, first, second, grad, options, place, seed)
+        return
+    _C.adamw(
+        weight.data_ptr(), 0 if low is None else low.data_ptr(), first.data_ptr(), second.data_ptr(), compact,
+        grad.data_ptr(), options, place, seed, grad.numel(), bf16(grad), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def constants(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float
+) -> tuple[tuple[float, ...], int]:
+    """What a step is to the kernels, and the seed of its dice."""
+    beta1, beta2 = betas
+    rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    return (scale, beta1, beta2, rate, root, eps, 1 - lr * weight_decay), (step * 0x9E3779B1) & 0x7FFFFFFF
