@@ -7,10 +7,10 @@ with moments in fp32 or in three bytes a weight:
 Compact moments are the second one, v, in bf16, and the first one as its ratio to the root of v in eight bits. An update
 is that ratio up to a constant, so it has one scale everywhere, |ratio| <= (1 - β1) / √((1 - β2)(1 - β1²/β2)), and needs
 no scales of blocks. The eight bits are a sign and the bits of |ratio| + 2^-11 past those of 2^-11, from the third of
-the mantissa up: steps of 2^-14 near zero, of 1/16 to 1/8 of the ratio above 2^-11, up to 30. Both are rounded at random,
-up as often as they are near the upper neighbour; to nearest, a moment would not decay that loses less than half a step
-of its format at a time. The dice are a hash of the step and of each weight's place, so that neither threads nor how
-ranks cut a tensor leave a trace.
+the mantissa up: steps of 2^-14 near zero, of 1/16 to 1/8 of the ratio above 2^-11, up to 30. Both are rounded at
+random, up as often as they are near the upper neighbour; to nearest, a moment would not decay that loses less than
+half a step of its format at a time. The dice are a hash of the step and of each weight's place, so that neither
+threads nor how ranks cut a tensor leave a trace.
 """
 
 import torch
