@@ -25,7 +25,7 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions, *, compact: bo
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     for p in parameters:
         first, second = moments(p.detach(), compact=compact)
-        step = torch.zeros((), device=p.device)
+        step = torch.zeros((), device="cpu" if compact else p.device)  # where it is read
         optimizer.state[p] = {"step": step, "ratio" if compact else "exp_avg": first, "exp_avg_sq": second}
     return optimizer
 

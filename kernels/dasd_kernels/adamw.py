@@ -49,7 +49,11 @@ def adamw(
         first, second: as `moments` made them; fp32 ones on a CPU alone, since torch's fused AdamW has them elsewhere.
         grad: fp32 or bf16. All are contiguous, of one shape and on one device.
         place: number of the first weight, for the rounding of compact moments: of a piece, where it begins.
+
+    Raises:
+        ValueError: tensors that are not so; says which.
     """
+    check(weight, low, first, second, grad)
     options, seed = constants(step, lr, betas, eps, weight_decay, scale)
     compact, place = first.dtype == torch.int8, place & 0x7FFFFFFF
     if weight.device.type != "cpu":
@@ -61,6 +65,26 @@ def adamw(
         weight.data_ptr(), 0 if low is None else low.data_ptr(), first.data_ptr(), second.data_ptr(), compact,
         grad.data_ptr(), options, place, seed, grad.numel(), bf16(grad), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def check(weight: Tensor, low: Tensor | None, first: Tensor, second: Tensor, grad: Tensor) -> None:
+    """ValueError for what the kernels would misread."""
+    named = {"weight": weight, "first": first, "second": second, "grad": grad} | ({} if low is None else {"low": low})
+    for name, t in named.items():
+        if t.shape != weight.shape or t.device != weight.device or not t.is_contiguous():
+            raise ValueError(
+                f"{name} {tuple(t.shape)} on {t.device}, strides {t.stride()}: must be contiguous and like weight "
+                f"{tuple(weight.shape)} on {weight.device}"
+            )
+    wanted = torch.float32 if low is None else torch.bfloat16
+    if weight.dtype != wanted or (low is not None and (low.dtype != torch.int16 or weight.device.type != "cpu")):
+        raise ValueError(f"weight {weight.dtype}: must be float32, or bfloat16 beside `low`, int16, on a CPU")
+    if (first.dtype, second.dtype) not in ((torch.float32, torch.float32), (torch.int8, torch.bfloat16)):
+        raise ValueError(f"moments {first.dtype} and {second.dtype}: must be as `moments` makes them")
+    if first.dtype == torch.float32 and weight.device.type != "cpu":
+        raise ValueError("fp32 moments are for weights on a CPU; elsewhere take torch.optim.AdamW(fused=True)")
+    if grad.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"grad {grad.dtype}: must be float32 or bfloat16")
 
 
 def constants(

@@ -161,3 +161,19 @@ def test_the_bound_of_the_ratio() -> None:
             m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         assert m / math.sqrt(v) == pytest.approx(bound, rel=0.02)
         assert bound < float(ratios(torch.tensor([127], dtype=torch.int8)))
+
+
+def test_what_kernels_would_misread_is_refused() -> None:
+    weight = torch.zeros(4, 6)
+    first, second = moments(weight, compact=True)
+    good = {"weight": weight, "first": first, "second": second, "grad": torch.zeros(4, 6)}
+    for wrong, told in (
+        ({"grad": torch.zeros(6, 4)}, r"grad \(6, 4\)"),
+        ({"grad": torch.zeros(6, 4).T}, r"grad .*contiguous"),
+        ({"grad": torch.zeros(4, 6).half()}, "grad torch.float16"),
+        ({"first": torch.zeros(4, 6)}, "moments torch.float32 and torch.bfloat16"),
+        ({"weight": weight.bfloat16()}, "weight torch.bfloat16"),
+        ({"low": torch.zeros(4, 6, dtype=torch.int16)}, "weight torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            adamw(**good | wrong, step=1, **OPTIONS)
