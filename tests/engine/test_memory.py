@@ -44,6 +44,8 @@ def test_states_are_bytes_of_the_parameters(config):
     assert less.gradients < 4 * size and less.gathered < 2 * size
     halves = estimate(config, setting(run=replace(layer, replicas=2)))
     assert halves.masters == 2 * size and halves.moments == 4 * size
+    compact = estimate(config, setting(ranks=1, moments="compact", device="cpu"))
+    assert compact.moments == 3 * size and compact.checkpoint == 7 * size
 
 
 def test_activations_by_checkpointing_and_context(config):

@@ -250,6 +250,8 @@ def test_a_resumed_run_must_be_the_same_run(recipe, tmp_path):
     with pytest.raises(InputError, match="seed: was 0, now 1"):
         run_here(recipe, "seed=1")
     write_student(tmp_path / "other", hidden_size=16)
+    with pytest.raises(InputError, match="run.moments: was fp32, now compact"):
+        run_here(recipe, "run.moments=compact")
     with pytest.raises(InputError, match="model: was"):
         run_here(recipe, f"model.path={tmp_path}/other")
     write_shards(tmp_path / "data1", seed=5)
