@@ -167,7 +167,7 @@ def _tensors(
     state = {"model": {n: master(p) for n, p in named.items()}}
     if progress.updates:
         kept = {n: optimizer.state[p] for n, p in named.items()}
-        for moment in next(iter(kept.values())).keys() - {"step"}:
+        for moment in sorted(next(iter(kept.values())).keys() - {"step"}):
             state[moment] = {n: tensors[moment] for n, tensors in kept.items()}
     return state
 

@@ -74,7 +74,7 @@ class RunOptions:
         "none", "recompute in the backward pass: nothing, norms and SwiGLU, whole blocks"
     )
     moments: Literal["fp32", "compact"] = option(
-        "fp32", "AdamW's moments: fp32, 8 bytes a weight; compact: 3, rounded at random, so right on average"
+        "fp32", "AdamW's moments: fp32, 8 bytes a weight; compact: 3, with stochastic rounding, right on average"
     )
     compile: bool = option(False, "torch.compile each block")
     profile: int = option(0, "steps, after the first two, traced into trace-rank<i>.json: open it in ui.perfetto.dev")

@@ -4,6 +4,7 @@ One process without torchrun is a world of one, so that there is a single code p
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,5 +183,18 @@ def last_micro_step(model: Decoder, is_last: bool, options: RunOptions) -> None:
 def squared_norm(model: Decoder) -> float:
     """Sum of the squares of this rank's shards of the gradients. In float64, so that how parameters are cut leaves no
     trace in the norm, and two ranks clip by the same factor as one: at a high learning rate a last bit grows."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return sum(sum_of_squares(g.to_local() if isinstance(g, DTensor) else g) for g in gradients)
+    return sum(sum_of_squares(local(p.grad)) for p in model.parameters() if p.grad is not None)
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor that FSDP cut, or all of it."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def first_weight(p: torch.Tensor) -> int:
+    """The number, within a parameter, of the first weight of this rank's shard; FSDP cuts into rows."""
+    if not isinstance(p, DTensor):
+        return 0
+    cut = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
+    rows = math.ceil(len(p) / p.device_mesh.size(cut)) * p.device_mesh.get_local_rank(cut)
+    return min(rows, len(p)) * (p.numel() // len(p))

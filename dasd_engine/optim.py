@@ -4,9 +4,9 @@ import itertools
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dasd_engine.config import TrainOptions
+from dasd_engine.distributed import first_weight, local
 from dasd_engine.masters import low_bits
 from dasd_kernels.adamw import adamw, moments
 
@@ -49,25 +49,12 @@ def update(optimizer: torch.optim.AdamW, rate: float, norm: float, clip: float) 
             state = optimizer.state[p]
             state["step"] += 1
             first = state["ratio"] if "ratio" in state else state["exp_avg"]
-            weight, first, second, grad = (_local(t) for t in (p.detach(), first, state["exp_avg_sq"], p.grad))
+            weight, first, second, grad = (local(t) for t in (p.detach(), first, state["exp_avg_sq"], p.grad))
             adamw(
-                weight, first, second, grad.contiguous(), low=low_bits(p), place=places[p] + _begin(p),
+                weight, first, second, grad.contiguous(), low=low_bits(p), place=places[p] + first_weight(p),
                 step=int(state["step"]), lr=rate, betas=group["betas"], eps=group["eps"],
                 weight_decay=group["weight_decay"], scale=scale,
             )  # fmt: skip
-
-
-def _local(t: torch.Tensor) -> torch.Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def _begin(p: torch.Tensor) -> int:
-    """The number of this rank's first weight within a parameter that FSDP cut into rows."""
-    if not isinstance(p, DTensor):
-        return 0
-    cut = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    rows = math.ceil(len(p) / p.device_mesh.size(cut)) * p.device_mesh.get_local_rank(cut)
-    return min(rows, len(p)) * (p.numel() // len(p))
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

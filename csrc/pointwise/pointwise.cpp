@@ -108,12 +108,13 @@ DASD_INLINE double squares(const T* x, int64_t count) {
 }
 
 // Moments in three bytes. The first is held as its ratio to the root of the second, which Adam's bounds keep below 30
-// (docs/training.md), in a sign and seven bits: the bits of |ratio| + kLeast past those of kLeast, so 3 of mantissa and no
-// gap at zero. The second is bf16. Both are rounded at random, or decay would stop where it is less than half a step.
+// (kernels/dasd_kernels/adamw.py), in a sign and seven bits: the bits of |ratio| + kLeast past those of kLeast, so 3 of
+// mantissa and no gap at zero. The second is bf16. Rounding is stochastic, or decay would stop where it is less than half
+// a step.
 constexpr float kLeast = 0x1p-11f;
 constexpr uint32_t kLeastBits = (127u - 11u) << 23;
 
-DASD_INLINE uint32_t dice(uint32_t place, uint32_t seed) {  // murmur3's last lines
+DASD_INLINE uint32_t random_bits(uint32_t place, uint32_t seed) {  // murmur3's last lines
   uint32_t h = (place * 0x9e3779b1u) ^ seed;
   h = (h ^ (h >> 16)) * 0x85ebca6bu;
   h = (h ^ (h >> 13)) * 0xc2b2ae35u;
@@ -155,7 +156,7 @@ DASD_INLINE void adamw_block(const Weights& x, const void* grad_, const AdamW o,
     const float v = was * o.beta2 + g * g * (1.f - o.beta2);
     const uint32_t bits = bits_of(weight * o.decay - o.rate * m / (std::sqrt(v) * o.root + o.eps));
     if constexpr (compact) {
-      const uint32_t random = dice(static_cast<uint32_t>(i) + o.place, o.seed);
+      const uint32_t random = random_bits(static_cast<uint32_t>(i) + o.place, o.seed);
       second[i] = static_cast<bf16>((bits_of(v) + (random & 0xffffu)) >> 16);
       const float root = std::sqrt(wide(second[i]));
       first[i] = code_of(root > 0.f ? m / root : 0.f, random >> 12);

@@ -7,10 +7,10 @@ with moments in fp32 or in three bytes a weight:
 Compact moments are the second one, v, in bf16, and the first one as its ratio to the root of v in eight bits. An update
 is that ratio up to a constant, so it has one scale everywhere, |ratio| <= (1 - β1) / √((1 - β2)(1 - β1²/β2)), and needs
 no scales of blocks. The eight bits are a sign and the bits of |ratio| + 2^-11 past those of 2^-11, from the third of
-the mantissa up: steps of 2^-14 near zero, of 1/16 to 1/8 of the ratio above 2^-11, up to 30. Both are rounded at
-random, up as often as they are near the upper neighbour; to nearest, a moment would not decay that loses less than
-half a step of its format at a time. The dice are a hash of the step and of each weight's place, so that neither
-threads nor how ranks cut a tensor leave a trace.
+the mantissa up: steps of 2^-14 near zero, of 1/16 to 1/8 of the ratio above 2^-11, up to 30. Rounding is
+stochastic, up as often as the value is near the upper neighbour; to nearest, a moment would not decay that loses less
+than half a step of its format at a time. The random bits are a hash of the step and of each weight's place, so that
+neither threads nor how ranks cut a tensor leave a trace.
 """
 
 import torch
@@ -90,7 +90,7 @@ def check(weight: Tensor, low: Tensor | None, first: Tensor, second: Tensor, gra
 def constants(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float
 ) -> tuple[tuple[float, ...], int]:
-    """What a step is to the kernels, and the seed of its dice."""
+    """What a step is to the kernels, and the seed of its stochastic rounding."""
     beta1, beta2 = betas
     rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     return (scale, beta1, beta2, rate, root, eps, 1 - lr * weight_decay), (step * 0x9E3779B1) & 0x7FFFFFFF

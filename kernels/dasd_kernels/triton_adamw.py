@@ -20,7 +20,7 @@ def bits_of(x):
 
 
 @triton.jit
-def dice(place, seed):
+def random_bits(place, seed):
     h = (place * 0x9E3779B1) ^ seed
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -53,7 +53,7 @@ def adamw_kernel(
     m = ratio_of(tl.load(first + at, mask=inside, other=0)) * tl.sqrt_rn(was)
     m += (g - m) * (1 - first_decay)
     v = was * second_decay + g * g * (1 - second_decay)
-    random = dice((at + place).to(tl.uint32), seed.to(tl.uint32))
+    random = random_bits((at + place).to(tl.uint32), seed.to(tl.uint32))
     tl.store(weights + at, w * decay - rate * m / (tl.sqrt_rn(v) * root + eps), mask=inside)
     kept = (bits_of(v) + (random & 0xFFFF)) & 0xFFFF0000
     divisor = tl.sqrt_rn(kept.to(tl.float32, bitcast=True))

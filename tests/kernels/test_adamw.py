@@ -18,7 +18,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ratios(codes: Tensor) -> Tensor:
-    """What eight bits of the first moment stand for: sixteen of the last ones are a float's from its sign on."""
+    """What the codes, int8, stand for, fp32."""
     size = codes.to(torch.int32).abs()
     return codes.sign() * (((size << 20) + torch.tensor(LEAST).view(torch.int32)).view(torch.float32) - LEAST)
 
