@@ -24,7 +24,9 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 64 << 20)
-    _C.Workspace.keep = 0  # the loss leaves its workspace to the heap, and backward takes it
+    # The loss leaves its workspace to the heap, and backward takes it. A block larger than all others is not left: by
+    # the next step small ones would lie in it, and the heap would grow by another.
+    _C.Workspace.keep, _C.Workspace.keep_from = 0, 512 << 20
 
 
 def release_freed_memory() -> None:

@@ -134,13 +134,16 @@ def block_values(config: ModelConfig, run: RunOptions) -> tuple[int, int, int]:
 
 def loss_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
     """Of linear_cross_entropy: the gradient of the hidden states, a chunk of logits, and the head's gradient in fp32.
-    On a CPU one chunk may be as large as both, and the head's gradient lies over a chunk that is not much larger."""
+    On a CPU one chunk may be as large as both, and the head's gradient lies over a chunk that is not much larger, or,
+    in fp32 after several chunks, where they have added it up."""
     vocab, hidden, item = config.vocab_size, config.hidden_size, dtype.itemsize
     logits, head = tokens * (vocab * item + hidden * (2 * item + 4)), 4 * vocab * hidden
     if device != "cpu":
         return item * tokens * hidden + head + min(logits, CHUNK[device])
     whole = logits <= CHUNK["cpu"] + head
     chunk, gradient = logits if whole else CHUNK["cpu"], item * vocab * hidden
+    if item == 4 and not whole:
+        return item * tokens * hidden + chunk
     shared = min(chunk, gradient) if chunk <= 2.25 * gradient else 0
     return item * tokens * hidden + chunk - shared + (0 if whole else head)
 

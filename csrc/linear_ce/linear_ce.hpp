@@ -51,7 +51,7 @@ struct State {
 struct Output {  // out (+)= scale * (previous + product + everywhere)
   void* out;     // [vocab, width], contiguous
   Dtype dtype;
-  const float* previous;  // [vocab, width] or null
+  const float* previous;  // [vocab, width] or null; may be `out`
   const float* everywhere;  // [width], for every row, or null
   float scale;
   bool accumulate;

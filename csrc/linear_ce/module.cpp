@@ -3,6 +3,7 @@
 #include "module.hpp"
 
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -45,9 +46,10 @@ struct Block {
   int64_t size;
 };
 
-// Memory for a State, exported as a buffer of `bytes`. First touch of fresh memory costs as much as a third of a product, so
-// the largest block of up to `keep` bytes that came back is kept for the next call that needs half of it. All of it happens
-// under the GIL.
+// Memory for a State or dW, exported as a buffer of `bytes`. First touch of fresh memory costs as much as a third of a
+// product, so the largest block of up to `keep` bytes, or from `keep_from` on, that came back is kept for the next call that
+// needs half of it; the large ones in steps of kLarge, since calls differ a little and what nobody touches takes no memory.
+// All of it happens under the GIL.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : bytes_(bytes) {
@@ -56,29 +58,32 @@ class Workspace {
       return;
     }
     if (kept_.size < bytes) release();
-    block_.size = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t step = bytes < keep_from ? kPage : kLarge;
+    block_.size = (bytes + step - 1) / step * step;
     block_.data = std::aligned_alloc(kPage, block_.size);
     if (!block_.data) throw std::bad_alloc();
   }
   ~Workspace() {
-    if (block_.size <= keep && block_.size > kept_.size) std::swap(block_, kept_);
+    if (keeps(block_.size) && block_.size > kept_.size) std::swap(block_, kept_);
     std::free(block_.data);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  static bool keeps(int64_t size) { return size <= keep || size >= keep_from; }
   static void release() { std::free(std::exchange(kept_, Block{}).data); }
 #ifdef __SANITIZE_ADDRESS__
   static inline int64_t keep = 0;  // a block of just the asked size, so that accesses beyond it are found
 #else
   static inline int64_t keep = 256 << 20;
 #endif
+  static inline int64_t keep_from = std::numeric_limits<int64_t>::max();
   bool spent = false;  // overwritten by what was made of it
 
   py::buffer_info info() const { return {static_cast<uint8_t*>(block_.data), bytes_}; }
 
  private:
-  static constexpr int64_t kPage = 4096;
+  static constexpr int64_t kPage = 4096, kLarge = 64 << 20;
   static inline Block kept_{};
   Block block_{};
   int64_t bytes_;
@@ -125,6 +130,8 @@ void add_linear_ce(py::module_& m) {
       .def_buffer([](Workspace& w) { return w.info(); })
       .def_readwrite("spent", &Workspace::spent)
       .def_readwrite_static("keep", &Workspace::keep)
+      .def_readwrite_static("keep_from", &Workspace::keep_from)
+      .def_static("keeps", &Workspace::keeps, py::arg("size"))
       .def_static("release", &Workspace::release);
   m.def("linear_ce_describe", &describe, py::arg("name"));
   m.def("linear_ce_forward", &forward, py::arg("name"), py::arg("head"), py::arg("rows"), py::arg("scores"),

@@ -7,7 +7,8 @@ Up to 256 MB of that stay with the process for the next call: fresh memory costs
 The last chunk's part of dW is not computed by `run` but by `head_gradient` from the chunk's State, in backward: there
 the upstream gradient is known, so dW is written once, scaled, in its own dtype. With one chunk no fp32 dW ever exists;
 so one chunk may take an fp32 dW's memory besides the workspace. And dW is written over E, row by row behind what was
-read, unless E is much the larger (`Plan`). That spends the State; a second backward computes everything anew.
+read, unless E is much the larger (`Plan`). With several, an fp32 weight's gradient is finished where the chunks before
+the last have added it up. Either spends what `run` left; a second backward computes everything anew.
 """
 
 import functools
@@ -72,7 +73,6 @@ def run(
     size = plan.chunk_rows(n)
     last = max(0, -(-n // size) - 1) * size  # where the last chunk begins
     head_wanted = needs[1] or needs[2]
-    state = None if coefficient is None else State(plan, head_wanted)
     out = Result(
         target=hidden.new_empty(n, dtype=torch.float32),
         nll=hidden.new_empty(n, dtype=torch.float32),
@@ -80,10 +80,12 @@ def run(
         entropy=hidden.new_empty(n, dtype=torch.float32) if entropy else None,
         rank=labels.new_empty(n) if rank else None,
         grad_hidden=hidden.new_empty(n, width) if needs[0] else None,
-        grad_weight=hidden.new_empty(vocab, width, dtype=torch.float32) if needs[1] and last else None,
+        grad_weight=new_partial(weight) if needs[1] and last else None,
         grad_bias=hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None,
-        state=state.memory if state is not None and head_wanted else None,
     )
+    state = None if coefficient is None else State(plan, head_wanted)
+    if state is not None and head_wanted:
+        out = replace(out, state=state.memory)
     inverse = hidden.new_full((n,), 1 / row.temperature, dtype=torch.float32)
     if temperature is not None:
         inverse = 1 / temperature.float()
@@ -225,9 +227,11 @@ class Plan:
         rows = max(1, workspace_bytes // token_bytes)  # as many as may be: dW is read and written once a chunk
         if head and total * token_bytes <= workspace_bytes + 4 * vocab * width:
             rows = max(rows, total)  # one chunk, and no fp32 dW
+        if rows < total and weight.dtype == torch.float32:
+            over = False  # dW is finished where it was added up
         plan = cls(name, min(rows, total), vocab, width, weight.element_size() * width if over else 0)
         # E's rest stays with dW as long as that lives: nobody else's loss where all of it is kept for the next call.
-        dear = plan.e_row(plan.rows) > 2.25 * plan.row_bytes and plan.size > _C.Workspace.keep
+        dear = plan.e_row(plan.rows) > 2.25 * plan.row_bytes and not _C.Workspace.keeps(plan.size)
         return replace(plan, row_bytes=0) if dear else plan
 
     def chunk_rows(self, n: int) -> int:
@@ -270,11 +274,7 @@ class State:
 
     def __init__(self, plan: Plan, keep: bool, memory: Tensor | None = None):
         self.plan, self.keep = plan, keep
-        if memory is None:
-            workspace = _C.Workspace(plan.size)
-            memory = torch.frombuffer(workspace, dtype=torch.uint8)
-            WORKSPACES[memory.data_ptr()] = workspace
-        self.memory = memory
+        self.memory = new_memory(plan.size) if memory is None else memory
         self.begin = self.count = self.everywhere = 0
 
     def addresses(self, count: int, dx: int = 0) -> tuple[int, ...]:
@@ -299,17 +299,33 @@ class State:
         return state
 
 
-def claim(memory: Tensor, weight: Tensor) -> Tensor | None:
-    """Room for dW over E in `memory`, a State's, which `head_gradient` spends with it; None where there is none."""
-    plan, workspace = State.reopen(memory, *weight.shape).plan, WORKSPACES.get(memory.data_ptr())
-    if workspace is None or not plan.row_bytes:  # a copy, which saved-tensor hooks may make, has none
+def new_memory(size: int) -> Tensor:
+    """A workspace of `size` bytes, [size] uint8."""
+    workspace = _C.Workspace(size)
+    memory = torch.frombuffer(workspace, dtype=torch.uint8)
+    WORKSPACES[memory.data_ptr()] = workspace
+    return memory
+
+
+def new_partial(weight: Tensor) -> Tensor:
+    """Room for the fp32 sum of dW over chunks, which `claim` can give out again as an fp32 weight's gradient."""
+    return new_memory(4 * weight.numel()).view(torch.float32).view(weight.shape)
+
+
+def claim(memory: Tensor, partial: Tensor, weight: Tensor) -> Tensor | None:
+    """Room for dW in what `run` left, which `head_gradient` spends with it: in `partial`, or over E in `memory`, a
+    State's. None where there is none, as in a copy, which saved-tensor hooks may make."""
+    plan = State.reopen(memory, *weight.shape).plan
+    over = partial.numel() == 0 or partial.dtype != weight.dtype
+    workspace = WORKSPACES.get((memory if over else partial).data_ptr())
+    if workspace is None or (over and not plan.row_bytes):
         return None
     workspace.spent = True
-    count, offset = weight.numel(), plan.offsets[2]
-    return torch.frombuffer(workspace, dtype=weight.dtype, count=count, offset=offset).view(weight.shape)
+    offset = plan.offsets[2] if over else 0
+    return torch.frombuffer(workspace, dtype=weight.dtype, count=weight.numel(), offset=offset).view(weight.shape)
 
 
 def spent(memory: Tensor) -> bool:
-    """Whether the State in `memory` was overwritten."""
+    """Whether what `run` left in `memory` was overwritten."""
     workspace = WORKSPACES.get(memory.data_ptr())
     return workspace is not None and workspace.spent

@@ -216,7 +216,8 @@ def linear_ce_gradients(
     )  # fmt: skip
     dw, db = r.grad_weight, r.grad_bias
     if r.state is not None:
-        partial, dw = dw, hidden.new_empty(weight.shape, dtype=coefficient.dtype) if needs[1] else None
+        partial = dw  # finished where it is
+        dw = hidden.new_empty(weight.shape, dtype=coefficient.dtype) if needs[1] and dw is None else dw
         finish_head(hidden, weight, labels, partial, r.state, ignore_index, 1.0, dw, db, add=False)
     dx, dw, db = (hidden.new_empty(0) if g is None else g for g in (r.grad_hidden, dw, db))
     return dx, dw, db
@@ -257,8 +258,8 @@ def head_gradient(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """scale * dW, rounded once to weight's dtype or added to `total`, and scale * db, from linear_ce's results. The
-    first call may spend `state`; later ones then compute all of it again, from linear_ce's own inputs."""
-    if cpu.spent(state):
+    first call may spend `state` or `partial`; later ones then compute all of it again, from linear_ce's own inputs."""
+    if cpu.spent(state) or cpu.spent(partial):
         _, partial, partial_bias = linear_ce_gradients(
             hidden, weight, labels, bias, coefficient, temperature, ignore_index, z_loss, label_smoothing, softcap,
             temperature_all, workspace_bytes, [False, needs[1], needs[2]],
@@ -266,7 +267,7 @@ def head_gradient(
         state = state.new_empty(0)
     dw = None
     if needs[1] and total is None:
-        dw = cpu.claim(state, weight) if state.numel() else None
+        dw = cpu.claim(state, partial, weight) if state.numel() else None
         dw = weight.new_empty(weight.shape) if dw is None else dw
     db = partial_bias * scale if needs[2] else None
     out = (dw if total is None else total) if needs[1] else None
