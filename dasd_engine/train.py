@@ -98,8 +98,8 @@ class Run:
         )
         found = self.checkpoints.latest()
         self.progress = found[1] if found else Progress()
-        self.optimizer = self.new_optimizer()
         if found:
+            self.optimizer = self.new_optimizer()
             self.checkpoints.load(found[0], self.model, self.optimizer, self.progress)
             display.say(f"going on from {found[0]} (step {self.progress.total_step})")
         elif recipe.model.init == "random":
@@ -108,6 +108,8 @@ class Run:
             load_weights(self.model, self.source)
         if world.alone and self.dtype == torch.bfloat16:
             split_masters(self.model)
+        if not found:
+            self.optimizer = self.new_optimizer()  # only now: moments take the place of weights that were split
         release_freed_memory()
 
     def go(self) -> Path:
