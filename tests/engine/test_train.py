@@ -133,7 +133,7 @@ def test_compact_moments_learn_what_fp32_ones_do(recipe, tmp_path):
 
 
 def test_ranks_do_not_change_a_run_with_compact_moments(recipe, tmp_path):
-    """A weight is rounded by the same dice, whoever has it. Where a last bit of a gradient tips them, a moment is a
+    """A weight is rounded by the same bits, whoever has it. Where a last bit of a gradient tips them, a moment is a
     step of its format away: runs are nearer to each other than to one with fp32 moments."""
     one = losses(run_here(recipe, "run.moments=compact"))
     other = losses(run_here(recipe, f"out={tmp_path}/other"))

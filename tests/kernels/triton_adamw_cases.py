@@ -13,7 +13,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 @pytest.mark.parametrize("size", [0, 1, 1023, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_kernels_do_the_same(size, dtype):
-    """From the same state: weights within a rounding, and the same moments but where that tips the dice."""
+    """From the same state: weights within a rounding, and the same moments but where that tips their rounding."""
     guard, random = Guarded(), torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=random)
     states = moments(weight, compact=True)
