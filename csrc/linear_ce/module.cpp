@@ -131,6 +131,7 @@ void add_linear_ce(py::module_& m) {
       .def_readwrite("spent", &Workspace::spent)
       .def_readwrite_static("keep", &Workspace::keep)
       .def_readwrite_static("keep_from", &Workspace::keep_from)
+      .def_property_readonly("address", [](const Workspace& w) { return reinterpret_cast<uintptr_t>(w.info().ptr); })
       .def_static("keeps", &Workspace::keeps, py::arg("size"))
       .def_static("release", &Workspace::release);
   m.def("linear_ce_describe", &describe, py::arg("name"));

@@ -73,6 +73,11 @@ def run(
     size = plan.chunk_rows(n)
     last = max(0, -(-n // size) - 1) * size  # where the last chunk begins
     head_wanted = needs[1] or needs[2]
+    partial = state = None
+    if coefficient is not None:
+        memory, room = new_memory(plan.size, 4 * weight.numel() if needs[1] and last else 0)
+        state = State(plan, head_wanted, memory)
+        partial = room.view(torch.float32).view(weight.shape) if room.numel() else None
     out = Result(
         target=hidden.new_empty(n, dtype=torch.float32),
         nll=hidden.new_empty(n, dtype=torch.float32),
@@ -80,12 +85,10 @@ def run(
         entropy=hidden.new_empty(n, dtype=torch.float32) if entropy else None,
         rank=labels.new_empty(n) if rank else None,
         grad_hidden=hidden.new_empty(n, width) if needs[0] else None,
-        grad_weight=new_partial(weight) if needs[1] and last else None,
+        grad_weight=partial,
         grad_bias=hidden.new_zeros(vocab, dtype=torch.float32) if needs[2] else None,
+        state=state.memory if state is not None and head_wanted else None,
     )
-    state = None if coefficient is None else State(plan, head_wanted)
-    if state is not None and head_wanted:
-        out = replace(out, state=state.memory)
     inverse = hidden.new_full((n,), 1 / row.temperature, dtype=torch.float32)
     if temperature is not None:
         inverse = 1 / temperature.float()
@@ -272,9 +275,8 @@ class State:
 
     NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
-    def __init__(self, plan: Plan, keep: bool, memory: Tensor | None = None):
-        self.plan, self.keep = plan, keep
-        self.memory = new_memory(plan.size) if memory is None else memory
+    def __init__(self, plan: Plan, keep: bool, memory: Tensor):
+        self.plan, self.keep, self.memory = plan, keep, memory
         self.begin = self.count = self.everywhere = 0
 
     def addresses(self, count: int, dx: int = 0) -> tuple[int, ...]:
@@ -299,17 +301,22 @@ class State:
         return state
 
 
-def new_memory(size: int) -> Tensor:
-    """A workspace of `size` bytes, [size] uint8."""
-    workspace = _C.Workspace(size)
-    memory = torch.frombuffer(workspace, dtype=torch.uint8)
-    WORKSPACES[memory.data_ptr()] = workspace
-    return memory
+def new_memory(state: int, partial: int) -> tuple[Tensor, Tensor]:
+    """Of so many bytes, uint8: a State's, and room for the fp32 sum of dW over chunks, which `claim` can give out again
+    as an fp32 weight's gradient. In one workspace where the process will keep that for the next call; else E, which
+    lives shorter, has its own."""
+    begin = -(-partial // 64) * 64
+    if partial and _C.Workspace.keeps(begin + state):
+        workspace = _C.Workspace(begin + state)
+        return part_of(workspace, begin, state), part_of(workspace, 0, partial)
+    room = part_of(_C.Workspace(partial), 0, partial) if partial else torch.empty(0, dtype=torch.uint8)
+    return part_of(_C.Workspace(state), 0, state), room
 
 
-def new_partial(weight: Tensor) -> Tensor:
-    """Room for the fp32 sum of dW over chunks, which `claim` can give out again as an fp32 weight's gradient."""
-    return new_memory(4 * weight.numel()).view(torch.float32).view(weight.shape)
+def part_of(workspace: _C.Workspace, offset: int, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    part = torch.frombuffer(workspace, dtype=dtype, count=size // dtype.itemsize, offset=offset)
+    WORKSPACES[part.data_ptr()] = workspace
+    return part
 
 
 def claim(memory: Tensor, partial: Tensor, weight: Tensor) -> Tensor | None:
@@ -317,12 +324,13 @@ def claim(memory: Tensor, partial: Tensor, weight: Tensor) -> Tensor | None:
     State's. None where there is none, as in a copy, which saved-tensor hooks may make."""
     plan = State.reopen(memory, *weight.shape).plan
     over = partial.numel() == 0 or partial.dtype != weight.dtype
-    workspace = WORKSPACES.get((memory if over else partial).data_ptr())
+    left = memory if over else partial
+    workspace = WORKSPACES.get(left.data_ptr())
     if workspace is None or (over and not plan.row_bytes):
         return None
     workspace.spent = True
-    offset = plan.offsets[2] if over else 0
-    return torch.frombuffer(workspace, dtype=weight.dtype, count=weight.numel(), offset=offset).view(weight.shape)
+    place = left.data_ptr() - workspace.address + (plan.offsets[2] if over else 0)
+    return part_of(workspace, place, weight.numel() * weight.itemsize, weight.dtype).view(weight.shape)
 
 
 def spent(memory: Tensor) -> bool:

@@ -283,12 +283,13 @@ def training_process():
 
 
 def test_a_large_workspace_stays_where_small_ones_go(training_process):
-    """And has room for one that is a little larger."""
-    size = (40 << 20) + 100
-    place = new_memory(size).data_ptr()
-    new_memory(4096)
-    assert new_memory(size + 4096).data_ptr() == place
-    assert Workspace.keeps(size) and not Workspace.keeps(4096)
+    """And has room for one a little larger. A gradient's part and the exponentials' stay together."""
+    place = Workspace(40 << 20).address
+    Workspace(4096)
+    assert Workspace((40 << 20) + 4096).address == place
+    assert Workspace.keeps(40 << 20) and not Workspace.keeps(4096)
+    state, partial = new_memory(30 << 20, 10 << 20)
+    assert partial.data_ptr() == place and state.data_ptr() == place + (10 << 20)
 
 
 @CHUNKS
