@@ -302,9 +302,9 @@ class State:
 
 
 def new_memory(state: int, partial: int) -> tuple[Tensor, Tensor]:
-    """Of so many bytes, uint8: a State's, and room for the fp32 sum of dW over chunks, which `claim` can give out again
-    as an fp32 weight's gradient. In one workspace where the process will keep that for the next call; else E, which
-    lives shorter, has its own."""
+    """uint8 [state] and [partial], each from a cache line on: a State's memory, and room for the fp32 sum of dW over
+    chunks, which `claim` can give out again as an fp32 weight's gradient. In one workspace where the process will keep
+    that for the next call; else E, which lives shorter, has its own."""
     begin = -(-partial // 64) * 64
     if partial and _C.Workspace.keeps(begin + state):
         workspace = _C.Workspace(begin + state)
@@ -314,6 +314,7 @@ def new_memory(state: int, partial: int) -> tuple[Tensor, Tensor]:
 
 
 def part_of(workspace: _C.Workspace, offset: int, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """[size / itemsize] from byte `offset` on, which keeps the workspace alive, and by which `spent` finds it."""
     part = torch.frombuffer(workspace, dtype=dtype, count=size // dtype.itemsize, offset=offset)
     WORKSPACES[part.data_ptr()] = workspace
     return part
